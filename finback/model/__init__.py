@@ -1,0 +1,8 @@
+"""The architecture as plain modules: what a DeepSeek-V3 is, and nothing about files, text or training."""
+
+from finback.model.attention import Cache
+from finback.model.config import Config, RopeScaling
+from finback.model.decoder import Decoder, Model
+from finback.model.moe import Routing
+
+__all__ = ["Cache", "Config", "Decoder", "Model", "RopeScaling", "Routing"]

@@ -1,0 +1,53 @@
+"""The specification of every hot loop, in plain torch. Faster versions must equal these."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+"""The target that carries no loss."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in fp32, returned in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight.type_as(x)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(scale · q kᵀ) v per head: q [B, T, H, d], k [B, S, H, d], v [B, S, H, e] to [B, T, H, e].
+
+    `mask` [B, T, S] is True where a token may look; None is causal (T = S). Softmax in fp32.
+    """
+    scores = torch.einsum("bthd,bshd->bhts", query, key).float() * scale
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().unsqueeze(0)
+    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return torch.einsum("bhts,bshe->bthe", scores.softmax(-1).type_as(value), value)
+
+
+def latent_attention(query: Tensor, entry: Tensor, rank: int, scale: float, mask: Tensor) -> Tensor:
+    """Attention of every head on one shared stream: q [B, T, H, C], entries [B, S, C] to mixed latents [B, T, H, L].
+
+    The first `rank` numbers of an entry are the latent, which is also the value.
+    """
+    scores = torch.einsum("bthc,bsc->bhts", query, entry.type_as(query)).float() * scale
+    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return torch.einsum("bhts,bsl->bthl", scores.softmax(-1).type_as(query), entry[..., :rank].type_as(query))
+
+
+def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """Σ_k weights[n, k] · down_e(silu(gate_e x_n) · up_e x_n) with e = experts[n, k]; returns [N, D]."""
+    out_ND = torch.zeros_like(x_ND)
+    for expert in range(len(gate_up)):
+        token, choice = (experts_NK == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x_ND[token], gate_up[expert]).chunk(2, dim=-1)
+        result = F.linear(F.silu(gate) * up, down[expert])
+        out_ND = out_ND.index_add(0, token, (result * weights_NK[token, choice, None]).type_as(out_ND))
+    return out_ND
+
+
+def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum over n of -log softmax(W h_n)[target_n] in fp32; targets of IGNORED count nothing."""
+    logits = F.linear(hidden_ND, weight_VD).float()
+    return F.cross_entropy(logits, targets_N, ignore_index=IGNORED, reduction="sum")

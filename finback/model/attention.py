@@ -1,0 +1,127 @@
+"""Multi-head latent attention: V2 TR 2.1, V3 TR 2.1.1.
+
+One latent of `kv_lora_rank` numbers and one roped key per token stand for the keys and values of every head. The naive
+form expands them (training, prefill); the absorbed form moves the expansion into the query and the output, so that
+decoding reads only the latents. Both are the same function.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels import dispatch
+from finback.model.config import Config
+from finback.model.linear import Linear, RMSNorm
+from finback.model.rope import rotate, rotation, softmax_scale
+
+
+class Cache(Protocol):
+    """Where attention writes what it must remember and reads it back. Slot s of a row holds position s."""
+
+    def write(self, layer: int, entry_BTC: Tensor) -> None:
+        """Store the entries [latent | roped key] of this call's tokens at their positions."""
+
+    def read(self, layer: int) -> Tensor:
+        """Every slot up to the furthest position written, [B, S, C]; what lies past a row's end is never attended."""
+
+
+@dataclass
+class Context:
+    """What every layer of one forward call shares."""
+
+    cos: Tensor
+    sin: Tensor
+    positions_BT: Tensor
+    mask_BTT: Tensor | None  # True where a token may look; None is plain causal
+    cache: Cache | None
+
+    @classmethod
+    def build(cls, config: Config, positions_BT: Tensor | None, shape: torch.Size, device, cache: Cache | None):
+        """Positions default to 0..T-1; without a cache, those that restart at 0 mark documents that never mix."""
+        mask = None
+        if positions_BT is None:
+            positions_BT = torch.arange(shape[1], device=device).expand(shape[0], -1)
+        elif cache is None:
+            document = (positions_BT == 0).cumsum(-1)
+            same = document.unsqueeze(-1) == document.unsqueeze(-2)
+            mask = same.tril()
+        cos, sin = rotation(config, positions_BT)
+        return cls(cos, sin, positions_BT, mask, cache)
+
+
+class Attention(nn.Module):
+    """Latent attention of one layer; `layer` is its absolute index, the cache's key."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.scale = softmax_scale(config)
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, query)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = Linear(config.q_lora_rank, query)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.cache_width)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        q_nope, q_rope = self._query(x_BTD, context)
+        entry_BTC = self._entry(x_BTD, context)
+        mask = context.mask_BTT
+        length = x_BTD.shape[1]
+        if context.cache is not None:
+            context.cache.write(self.layer, entry_BTC)
+            entry_BTC = context.cache.read(self.layer)
+            slots = entry_BTC.shape[1]
+            if slots > length:  # as many slots as tokens: the rows start here, plain causal
+                mask = torch.arange(slots, device=x_BTD.device) <= context.positions_BT.unsqueeze(-1)
+                if length < self._break_even():
+                    return self.o_proj(self._absorbed(q_nope, q_rope, entry_BTC, mask))
+        return self.o_proj(self._naive(q_nope, q_rope, entry_BTC, mask))
+
+    def _query(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Per head [nope | rope]: two tensors [B, T, H, ·], the second turned to its positions."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q = q.unflatten(-1, (self.config.num_attention_heads, -1))
+        q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
+        return q_nope, rotate(q_rope, context.cos.unsqueeze(2), context.sin.unsqueeze(2))
+
+    def _entry(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """What is remembered of each token: the normed latent and the roped shared key, [B, T, C]."""
+        latent, key = self.kv_a_proj_with_mqa(x_BTD).split(
+            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
+        )
+        return torch.cat((self.kv_a_layernorm(latent), rotate(key, context.cos, context.sin)), dim=-1)
+
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask: Tensor | None) -> Tensor:
+        heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim
+        latent, key = entry_BSC.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (heads, -1))
+        k_nope, value = expanded.split((nope, self.config.v_head_dim), dim=-1)
+        key = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, heads, -1).type_as(k_nope)), dim=-1)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        return dispatch.attention(query, key, value, self.scale, mask).flatten(-2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
+        rank = self.config.kv_lora_rank
+        nope = self.config.qk_nope_head_dim
+        weight_HXL = self.kv_b_proj.weight.dense().unflatten(0, (self.config.num_attention_heads, -1))
+        query = torch.cat((torch.einsum("bthn,hnl->bthl", q_nope, weight_HXL[:, :nope]), q_rope), dim=-1)
+        mixed = dispatch.latent_attention(query, entry_BSC, rank, self.scale, mask_BTS)
+        return torch.einsum("bthl,hvl->bthv", mixed, weight_HXL[:, nope:]).flatten(-2)
+
+    def _break_even(self) -> float:
+        """Fewer new tokens than this make the absorbed form the cheaper one (85 tokens for V3's 512, 128, 128 …)."""
+        rank, per_head = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        saved = 2 * rank - per_head
+        return rank * per_head / saved if saved > 0 else float("inf")

@@ -1,0 +1,26 @@
+"""One transformer layer: latent attention, then a dense feed-forward or a mixture of experts."""
+
+from torch import Tensor, nn
+
+from finback.model.attention import Attention, Context
+from finback.model.config import Config
+from finback.model.linear import MLP, RMSNorm
+from finback.model.moe import MoE, Routing
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config, layer) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, context: Context, routing: Routing | None = None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            return x_BTD + self.mlp(normed_BTD, routing)
+        return x_BTD + self.mlp(normed_BTD)

@@ -1,0 +1,87 @@
+"""The model: a decoder, its head, and the modules that predict further tokens."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from finback.model.attention import Cache, Context
+from finback.model.block import Block
+from finback.model.config import Config
+from finback.model.linear import Linear, RMSNorm
+from finback.model.moe import Router, Routing
+from finback.model.mtp import MTP
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head. Layers are keyed by absolute index, so that a stage may hold a few."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _freeze=False)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight.value = self.embed_tokens.weight
+
+    def forward(
+        self,
+        ids: Tensor | None = None,
+        *,
+        embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] or embeddings [B, T, D] to hidden states [B, T, D] after the final norm.
+
+        `positions` [B, T] are 0..T-1 by default. Without a cache, positions that restart at 0 within a row begin a new
+        document, and tokens attend within their own. With a cache, position p is slot p and attends to slots 0..p.
+        """
+        x_BTD = self.embed_tokens(ids) if embeds is None else embeds
+        context = Context.build(self.config, positions, x_BTD.shape, x_BTD.device, cache)
+        for layer in self.layers.values():
+            x_BTD = layer(x_BTD, context, routing)
+        return self.norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 scores over the vocabulary, [..., V]."""
+        return self.lm_head(hidden).float()
+
+
+class Model(nn.Module):
+    """A decoder with its multi-token prediction modules; `model(ids)` gives the decoder's logits."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+        first = config.num_hidden_layers
+        extra = range(first, first + config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleDict({str(i): MTP(config, i) for i in extra})
+
+    def forward(self, ids_BT: Tensor, *, positions: Tensor | None = None, routing: Routing | None = None) -> Tensor:
+        """Logits [B, T, V], float32; logits[:, t] predicts token t + 1."""
+        return self.decoder.logits(self.decoder(ids_BT, positions=positions, routing=routing))
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """Every router with its name."""
+        for name, module in self.named_modules():
+            if isinstance(module, Router):
+                yield name, module
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Every matrix normal with standard deviation `initializer_range` (V3 TR 4.2: 0.006), norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                values = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
+                parameter.copy_(values)
+        for _, router in self.routers():
+            router.e_score_correction_bias.zero_()
+            router.load.zero_()

@@ -1,0 +1,57 @@
+"""The only modules that multiply by a weight matrix: `Linear` and `Experts` (and the gather of `Embedding`)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finback.kernels import dispatch
+from finback.model.weight import DenseWeight, Weight
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ, without bias (no DeepSeek-V3 projection has one). W is [out_features, in_features]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight: Weight = DenseWeight(out_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.dense())
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: gate+up [E, 2F, D] (gate rows first) and down [E, D, F]."""
+
+    def __init__(self, n_experts: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up: Weight = DenseWeight(n_experts, 2 * width, hidden_size)
+        self.down: Weight = DenseWeight(n_experts, hidden_size, width)
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Sum over k of weights[n, k] · expert(experts[n, k])(x[n]); returns [N, D]."""
+        return dispatch.expert_ffn(x_ND, self.gate_up.dense(), self.down.dense(), experts_NK, weights_NK)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dispatch.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,85 @@
+"""DeepSeekMoE with auxiliary-loss-free balancing: V3 TR 2.1.2; checkpoint behaviour where the two differ."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finback.model.config import Config
+from finback.model.linear import MLP, Experts
+
+Routing = dict[int, Tensor]
+"""Chosen experts [N, K] of each MoE layer, by absolute layer index: recorded where absent, replayed where present."""
+
+
+class Router(nn.Module):
+    """Sigmoid affinities in fp32, group-limited top-k; the correction bias selects and never weighs.
+
+    After a forward call in training mode, `balance_loss` is the sequence-wise loss of V3 TR eq. 17–20 without its
+    alpha, and `load` has grown by the number of tokens each expert received.
+    """
+
+    e_score_correction_bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
+        self.balance_loss: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor]:
+        """Returns the chosen experts and their weights, both [N, K] with N = B·T."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            scores_NE = F.linear(x_BTD.flatten(0, 1).float(), self.weight.float()).sigmoid()
+        if routing is not None and self.layer in routing:
+            experts_NK = routing[self.layer]
+        else:
+            experts_NK = self.select(scores_NE.detach())
+            if routing is not None:
+                routing[self.layer] = experts_NK
+        weights_NK = scores_NE.gather(1, experts_NK)
+        if self.config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        if self.training:
+            self._observe(scores_NE, experts_NK, x_BTD.shape[0])
+        return experts_NK, weights_NK * self.config.routed_scaling_factor
+
+    def select(self, scores_NE: Tensor) -> Tensor:
+        """Top-k of score + bias among the `topk_group` groups whose two best sum highest; the rest count as -inf."""
+        choice_NE = scores_NE + self.e_score_correction_bias
+        groups = self.config.n_group
+        if groups > 1:
+            grouped = choice_NE.unflatten(1, (groups, -1))
+            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+            kept = group_scores.topk(self.config.topk_group, dim=-1, sorted=False).indices
+            dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+            choice_NE = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+        return choice_NE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def _observe(self, scores_NE: Tensor, experts_NK: Tensor, sequences: int) -> None:
+        n_experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
+        tokens = len(scores_NE) // sequences
+        counts_BE = torch.zeros(sequences, n_experts, device=scores_NE.device)
+        picks = experts_NK.reshape(sequences, -1)
+        counts_BE.scatter_add_(1, picks, torch.ones_like(picks, dtype=counts_BE.dtype))
+        self.load += counts_BE.sum(0)
+        share_BE = (scores_NE / scores_NE.sum(-1, keepdim=True)).unflatten(0, (sequences, -1)).mean(1)
+        frequency_BE = counts_BE * (n_experts / (chosen * tokens))
+        self.balance_loss = (frequency_BE * share_BE).sum(-1).mean()
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared ones, which see every token and are not scaled."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.gate = Router(config, layer)
+        self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_BTD: Tensor, routing: Routing | None = None) -> Tensor:
+        experts_NK, weights_NK = self.gate(x_BTD, routing)
+        routed_ND = self.experts(x_BTD.flatten(0, 1), experts_NK, weights_NK)
+        return routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)

@@ -1,0 +1,70 @@
+"""Rotary positions with YaRN, in the checkpoint's interleaved layout (pairs (0, 1), (2, 3), …).
+
+V3 TR 4.3; V2 TR 3.1.4; DeepSeek-V3 `inference/model.py`. YaRN has two parts, slower frequencies and a larger softmax
+scale, and both apply only to a model whose context was extended: `max_position_embeddings` greater than
+`original_max_position_embeddings`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from finback.model.config import Config, RopeScaling
+
+
+def _active_scaling(config: Config) -> RopeScaling | None:
+    scaling = config.rope_scaling
+    extended = scaling is not None and config.max_position_embeddings > scaling.original_max_position_embeddings
+    return scaling if extended else None
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(config: Config) -> float:
+    """(nope + rope)^-1/2, times m(factor, mscale_all_dim)² where YaRN is on."""
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scaling = _active_scaling(config)
+    return scale * _magnitude(scaling.factor, scaling.mscale_all_dim) ** 2 if scaling else scale
+
+
+def correction_range(scaling: RopeScaling, rope_dim: int, theta: float) -> tuple[int, int]:
+    """The first and last frequency index of YaRN's ramp: (10, 23) for V3."""
+
+    def index(rotations: float) -> float:
+        length = scaling.original_max_position_embeddings
+        return rope_dim * math.log(length / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+    low, high = math.floor(index(scaling.beta_fast)), math.ceil(index(scaling.beta_slow))
+    return max(low, 0), min(high, rope_dim - 1)
+
+
+def inverse_frequencies(config: Config) -> Tensor:
+    """Turn per position of each of the rope_dim / 2 pairs, in radians; float32 [rope_dim / 2]."""
+    dim = config.qk_rope_head_dim
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaling = _active_scaling(config)
+    if scaling is None:
+        return inverse
+    low, high = correction_range(scaling, dim, config.rope_theta)
+    steps = torch.arange(dim // 2, dtype=torch.float32)
+    ramp = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inverse * (1 - ramp) + inverse / scaling.factor * ramp
+
+
+def rotation(config: Config, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every pair's angle, float32 [B, T, rope_dim / 2]."""
+    angles = positions_BT.float().unsqueeze(-1) * inverse_frequencies(config).to(positions_BT.device)
+    scaling = _active_scaling(config)
+    factor = 1.0
+    if scaling:
+        factor = _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x [..., rope_dim] by angles that broadcast to [..., rope_dim / 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
