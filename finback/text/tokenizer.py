@@ -1,0 +1,237 @@
+"""Byte-level BPE with DeepSeek's special tokens, in which text can never become a special token.
+
+The two are kept apart by construction: text is encoded by a tokenizer from which every added token, the post-processor,
+truncation and padding were removed; special ids are put in by `chat.py`, as ids. So `encode` never adds a BOS either.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from finback.errors import UserError
+from finback.paths import atomic_file
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
+FIM = tuple(f"<｜fim▁{part}｜>" for part in ("hole", "begin", "end"))
+TOOL = tuple(
+    f"<｜tool▁{part}｜>"
+    for part in (
+        "calls▁begin", "calls▁end", "call▁begin", "call▁end", "outputs▁begin", "outputs▁end",
+        "output▁begin", "output▁end", "sep",
+    )
+)  # fmt: skip
+# The order gives the ids of a tokenizer trained here: BOS 0, EOS 1, PAD 2, as in DeepSeek's.
+SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, *FIM, *TOOL)
+# Not "special" to other programs (as in DeepSeek's files): their parsers look for these in the decoded text.
+MARKUP = (THINK, END_THINK, *TOOL)
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+
+# The chat format of chat.py for programs that read it as a template; a test holds the two together.
+CHAT_TEMPLATE = (
+    "{% set ns = namespace(system='', first=true) %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.system = ns.system + ('' if ns.first else '\\n\\n') + m['content'] %}{% set ns.first = false %}"
+    "{% endif %}{% endfor %}"
+    "{{ bos_token + ns.system }}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<｜Assistant｜>' }}"
+    "{% if '</think>' in m['content'] %}"
+    "{% set answer = m['content'].split('</think>')[-1] %}"
+    "{{ answer[2:] if answer[:2] == '\\n\\n' else (answer[1:] if answer[:1] == '\\n' else answer) }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}"
+    "{{ '</think>' if thinking is defined and not thinking else '<think>\\n' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Ids of special tokens are looked up by name; one the model lacks is None (PAD: the EOS)."""
+
+    def __init__(self, spec: dict[str, Any], config: dict[str, Any]) -> None:
+        """`spec` is the content of a tokenizer.json, `config` of a tokenizer_config.json."""
+        self._spec, self._config = spec, config
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        self._encoder = _text_encoder(spec, added)
+        self._bytes = _token_bytes(spec["model"]["vocab"], added)
+        self._special = frozenset(added.values())
+        self.vocab_size: int = max(self._bytes) + 1
+        for name in (BOS, EOS):
+            if name not in added:
+                raise UserError(f"tokenizer.json: it has no {name}; only tokenizers of the DeepSeek family can be used")
+        self.bos_id: int = added[BOS]
+        self.eos_id: int = added[EOS]
+        self.pad_id: int = added.get(PAD, self.eos_id)
+        self.user_id: int | None = added.get(USER)
+        self.assistant_id: int | None = added.get(ASSISTANT)
+        self.think_id: int | None = added.get(THINK)
+        self.end_think_id: int | None = added.get(END_THINK)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read tokenizer.json and, if there is one, tokenizer_config.json. Raises UserError for files it cannot use."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a model folder needs the tokenizer.json that came with the model")
+        config_path = path.with_name("tokenizer_config.json")
+        config = _read_object(config_path) if config_path.is_file() else _default_config()
+        spec = _read_object(path)
+        try:
+            return cls(spec, config)
+        except UserError as error:
+            raise UserError(f"{path.parent}: {error}") from error
+        except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+            raise UserError(
+                f"{path}: not a usable tokenizer ({error!r}); copy the model's tokenizer.json again"
+            ) from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Learn the merges from `texts`; the vocabulary has at most `vocab_size` entries, fewer if the texts are small.
+
+        Every digit is a token of its own, so that numbers are written as one writes them.
+        """
+        if vocab_size < MIN_VOCAB:
+            raise UserError(f"vocab_size {vocab_size}: the bytes and special tokens alone need {MIN_VOCAB}; raise it")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        digit = pre_tokenizers.Split(tokenizers.Regex(r"\p{N}"), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([digit, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        spec = json.loads(bpe.to_str())
+        for token in spec["added_tokens"]:
+            token["special"] = token["content"] not in MARKUP
+        return cls(spec, _default_config())
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as they were read where the tokenizer was loaded."""
+        for name, content in (("tokenizer.json", self._spec), ("tokenizer_config.json", self._config)):
+            with atomic_file(Path(folder) / name) as path:
+                path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`: no BOS, and never a special token, whatever the text says.
+
+        Raises UserError for text that is not Unicode (a lone surrogate).
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        for text in texts:
+            _check_unicode(text)
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are nothing.
+
+        With `skip_special`, every added token is left out, `<think>` and the tool marks included.
+        """
+        return b"".join(self._token(i, skip_special) for i in ids).decode("utf-8", errors="replace")
+
+    def stream(self, skip_special: bool = True) -> "TextStream":
+        """A decoder that takes one id at a time."""
+        return TextStream(self, skip_special)
+
+    def _token(self, token_id: int, skip_special: bool) -> bytes:
+        """The bytes of one token."""
+        return b"" if skip_special and token_id in self._special else self._bytes.get(token_id, b"")
+
+
+class TextStream:
+    """Decodes ids as they come. The pieces joined are `decode` of all ids; no piece ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that became complete with this token; may be empty."""
+        return self._utf8.decode(self._tokenizer._token(token_id, self._skip_special))
+
+    def flush(self) -> str:
+        """What remains at the end: U+FFFD for a character that was cut off, else nothing. The stream starts anew."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def _text_encoder(spec: dict[str, Any], added: dict[str, int]) -> tokenizers.Tokenizer:
+    """The tokenizer for text alone. Added tokens leave the vocabulary too, so that no merge can arrive at one."""
+    kinds = [part.get("type") for part in _parts(spec.get("decoder"), "decoders")]
+    if spec["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
+        raise UserError("tokenizer.json: not a byte-level BPE; only tokenizers of the DeepSeek family can be used")
+    model = dict(spec["model"])
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in added}
+    model["merges"] = [merge for merge in model["merges"] if added.keys().isdisjoint(_merge_tokens(merge))]
+    bare = {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(bare))
+
+
+def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """A component of a tokenizer.json as the list of its parts."""
+    if component is None:
+        return []
+    return component[key] if component.get("type") == "Sequence" else [component]
+
+
+def _merge_tokens(merge: str | list[str]) -> set[str]:
+    """The tokens that a merge joins and makes; older files write the pair as one string with a space."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return {left, right, left + right}
+
+
+def _token_bytes(vocab: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
+    """The bytes of every token. Byte-level BPE writes each byte as one printable character (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): bytes([byte]) for byte in printable}
+    table |= {chr(256 + n): bytes([byte]) for n, byte in enumerate(others)}
+    text = {i: b"".join(table.get(char) or char.encode() for char in token) for token, i in vocab.items()}
+    return text | {i: token.encode() for token, i in added.items()}
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise UserError(f"text: {found} is a lone surrogate, half of a character; send whole Unicode text") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); copy it from the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}; copy it from the model again")
+    return content
+
+
+def _default_config() -> dict[str, Any]:
+    """A tokenizer_config.json by which transformers, vLLM and SGLang use a tokenizer of ours as we do."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
