@@ -1,0 +1,104 @@
+"""What a configuration costs before any of it exists: parameters, cache numbers, arithmetic. All analytic."""
+
+from dataclasses import dataclass
+
+from finback.model.config import Config
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameter counts of one configuration, norms included and correction biases (buffers) left out.
+
+    `active` counts what one token passes through: the chosen experts instead of all. The MTP modules are counted apart,
+    as in DeepSeek's own figures; their embedding and head are the main model's.
+    """
+
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    router: int
+    routed_experts: int
+    shared_experts: int
+    norms: int
+    mtp: int
+    active_without_embedding: int
+
+    @property
+    def total(self) -> int:
+        """The main model, without MTP: 671,026,404,352 for V3."""
+        blocks = self.attention + self.dense_mlp + self.router + self.routed_experts + self.shared_experts
+        return self.embedding + self.head + blocks + self.norms
+
+    @property
+    def active(self) -> int:
+        """Parameters a token uses, the whole embedding table counted: 37.55 B for V3."""
+        return self.active_without_embedding + self.embedding
+
+
+def sizes(config: Config) -> Sizes:
+    """Count the parameters of `config` without building it."""
+    moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+    dense_layers = config.num_hidden_layers - moe_layers
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = moe_layers * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    table = config.vocab_size * config.hidden_size
+    # A tied table is counted once, as the embedding, though the head multiplies by it.
+    head = 0 if config.tie_word_embeddings else table
+    counts = {
+        "attention": config.num_hidden_layers * attention_parameters(config),
+        "dense_mlp": dense_layers * 3 * config.hidden_size * config.intermediate_size,
+        "router": moe_layers * config.n_routed_experts * config.hidden_size,
+        "routed_experts": moe_layers * config.n_routed_experts * expert,
+        "shared_experts": moe_layers * config.n_shared_experts * expert,
+        "norms": config.num_hidden_layers * _norms(config) + config.hidden_size,
+    }
+    active = sum(counts.values()) - idle + head
+    mtp = sum(_mtp(config, config.num_hidden_layers + k) for k in range(config.num_nextn_predict_layers))
+    return Sizes(embedding=table, head=head, mtp=mtp, active_without_embedding=active, **counts)
+
+
+def attention_parameters(config: Config) -> int:
+    """The projections of one layer's latent attention, without norms: 187,105,280 for V3."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    rank = config.q_lora_rank
+    queries = hidden * query if rank is None else hidden * rank + rank * query
+    keys_values = hidden * config.cache_width + config.kv_lora_rank * heads * (
+        config.qk_nope_head_dim + config.v_head_dim
+    )
+    return queries + keys_values + heads * config.v_head_dim * hidden
+
+
+def cache_numbers(config: Config, mtp: bool = False) -> int:
+    """Numbers cached per token: (kv_lora_rank + qk_rope_head_dim) x layers, 35,136 for V3; `mtp` adds its layers."""
+    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
+    return config.cache_width * layers
+
+
+def flops_per_token(config: Config, context: int) -> int:
+    """Floating-point operations of one forward token that attends to `context` tokens, itself included.
+
+    Two per multiplied weight (head included, norms and the embedding's gather not), plus the naive form's scores and
+    mixing. A training step costs about three times this. MTP left out.
+    """
+    counts = sizes(config)
+    head = config.vocab_size * config.hidden_size
+    weights = counts.active_without_embedding - counts.norms - counts.head + head
+    per_pair = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return 2 * weights + 2 * config.num_hidden_layers * per_pair * context
+
+
+def _norms(config: Config) -> int:
+    """Norm weights of one layer: before attention, before the feed-forward, and on the latents."""
+    return 2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0)
+
+
+def _mtp(config: Config, layer: int) -> int:
+    hidden = config.hidden_size
+    if config.is_moe(layer):
+        experts = config.n_routed_experts + config.n_shared_experts
+        feed_forward = experts * 3 * hidden * config.moe_intermediate_size + config.n_routed_experts * hidden
+    else:
+        feed_forward = 3 * hidden * config.intermediate_size
+    return 2 * hidden * hidden + 3 * hidden + attention_parameters(config) + _norms(config) + feed_forward
