@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from finback.errors import UserError
 from finback.paths import atomic_file
@@ -21,12 +21,9 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
 FIM = tuple(f"<｜fim▁{part}｜>" for part in ("hole", "begin", "end"))
 TOOL = tuple(
-    f"<｜tool▁{part}｜>"
-    for part in (
-        "calls▁begin", "calls▁end", "call▁begin", "call▁end", "outputs▁begin", "outputs▁end",
-        "output▁begin", "output▁end", "sep",
-    )
-)  # fmt: skip
+    [f"<｜tool▁{unit}▁{edge}｜>" for unit in ("calls", "call", "outputs", "output") for edge in ("begin", "end")]
+    + ["<｜tool▁sep｜>"]
+)
 # The order gives the ids of a tokenizer trained here: BOS 0, EOS 1, PAD 2, as in DeepSeek's.
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, *FIM, *TOOL)
 # Not "special" to other programs (as in DeepSeek's files): their parsers look for these in the decoded text.
@@ -112,6 +109,8 @@ class Tokenizer:
             show_progress=False,
         )
         bpe.train_from_iterator(texts, trainer)
+        # For other programs, which expect DeepSeek's tokenizer to begin plain text with BOS.
+        bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
         spec = json.loads(bpe.to_str())
         for token in spec["added_tokens"]:
             token["special"] = token["content"] not in MARKUP
