@@ -28,7 +28,7 @@ def user(text):
 
 @MAKERS
 def test_the_format_is_that_of_r1(make):
-    """Facts 4.6: system glued to BOS, nothing between turns, EOS after assistant turns only, `<think>\\n` at the end."""
+    """System glued to BOS, nothing between turns, EOS after assistant turns only, `<think>\\n` at the end."""
     head = (
         "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2 + 2?<｜Assistant｜>4<｜end▁of▁sentence｜>"
         "<｜User｜>And 3 + 3?<｜Assistant｜>"

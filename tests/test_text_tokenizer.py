@@ -207,7 +207,7 @@ BAD = {
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 def test_bad_files_are_refused_by_name(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match="tokenizer.json") as caught:
+    with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -217,7 +217,7 @@ def test_a_missing_folder_and_a_bad_config_are_refused(tmp_path):
         Tokenizer.load(tmp_path / "nowhere")
     trained().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("nonsense")
-    with pytest.raises(UserError, match="tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,0 +1,123 @@
+"""Where things live, writes that happen whole or not at all, and the progress bar."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finback import paths
+from finback.errors import UserError
+from finback.progress import bar
+
+
+def make_model(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_home_is_an_environment_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINBACK_HOME", str(tmp_path))
+    assert paths.home() == tmp_path
+    monkeypatch.setenv("FINBACK_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.home() == tmp_path / ".finback"
+    monkeypatch.setenv("FINBACK_HOME", "~/models")
+    assert paths.home() == tmp_path / "models"
+
+
+def test_a_model_is_a_path_or_a_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINBACK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
+    pulled = make_model(tmp_path / "home" / "models" / "minke")
+    packaged = make_model(tmp_path / "package" / "models" / "calf")
+    elsewhere = make_model(tmp_path / "elsewhere" / "run")
+    assert paths.model_folder("minke") == pulled
+    assert paths.model_folder("calf") == packaged
+    assert paths.model_folder(str(elsewhere)) == elsewhere
+    mine = make_model(tmp_path / "home" / "models" / "calf")
+    assert paths.model_folder("calf") == mine, "a user's model comes before the packaged one of the same name"
+
+
+def test_an_unknown_model_names_those_that_exist(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINBACK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
+    with pytest.raises(UserError, match="known models: none"):
+        paths.model_folder("orca")
+    make_model(tmp_path / "home" / "models" / "minke")
+    make_model(tmp_path / "package" / "models" / "calf")
+    (tmp_path / "home" / "models" / "half").mkdir()
+    with pytest.raises(UserError, match="--model 'orca'.*known models: calf, minke$"):
+        paths.model_folder("orca")
+
+
+def test_a_file_appears_whole(tmp_path):
+    target = tmp_path / "new" / "file.json"
+    with paths.atomic_file(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert os.listdir(target.parent) == ["file.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file.json"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), paths.atomic_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_folder_appears_whole_and_replaces_the_old(tmp_path):
+    target = tmp_path / "model"
+    for content in ("first", "second"):
+        with paths.atomic_folder(target) as temporary:
+            (temporary / content).write_text(content)
+            assert not (target / content).exists()
+        assert os.listdir(target) == [content]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(KeyboardInterrupt), paths.atomic_folder(target) as temporary:
+        (temporary / "half").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(target) == ["old"] and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_bar_is_silent_without_a_terminal(capfd):
+    with bar(2, "work") as progress:
+        progress.advance(loss=1.5)
+        progress.advance()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_without_a_terminal_does_not_import_rich():
+    code = "import sys, finback.progress as p\nwith p.bar(1, 'x') as b: b.advance()\nprint('rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_a_bar_on_a_terminal_shows_count_and_fields(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    with bar(3, "pretrain [calf]") as progress:
+        progress.advance(loss=1.23456, tokens_per_s=8123.4)
+        progress.advance(2, loss=0.5, step=1200)
+    last = terminal.getvalue().splitlines()[-1]
+    for part in ("pretrain [calf]", "3/3", "loss 0.5", "tokens/s 8,123", "step 1,200"):
+        assert part in last
+    assert capsys.readouterr().out == ""
