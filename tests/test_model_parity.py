@@ -22,6 +22,7 @@ CASES = {
         "max_position_embeddings": 1280,
         "rope_theta": 50000.0,
     },
+    "odd sizes": {"qk_nope_head_dim": 7, "kv_lora_rank": 15, "q_lora_rank": 11, "v_head_dim": 9},
     "all dense": {"first_k_dense_replace": 3},
     "tied head": {"tie_word_embeddings": True},
     "everything": {**GROUPS, "n_shared_experts": 2, "rope_scaling": YARN, "max_position_embeddings": 1280},
