@@ -116,7 +116,7 @@ class Engine:
             return
         if request in self._running:
             self._leave(self._running.index(request))
-        else:
+        elif request in self._waiting:
             self._waiting.remove(request)
         request.finish("cancelled")
 

@@ -1,0 +1,66 @@
+"""What a model folder says about its model, without reading the weights."""
+
+from typing import Any
+
+from finback.errors import UserError
+from finback.model.config import Config
+from finback.model.sizes import cache_numbers, sizes
+from finback.paths import model_folder
+from finback.weights.store import read_json
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Architecture, parameters, cache and context of a model, by name or path. Raises UserError if it cannot be read.
+
+    Cache bytes are per token in the model's precision; multi-head attention would keep a key and a value of head size
+    (qk_nope_head_dim, v_head_dim) for every head and layer (V2 TR table 1).
+    """
+    folder = model_folder(model)
+    settings = read_json(folder / "config.json")
+    config = Config.from_dict(settings)
+    count = sizes(config)
+    precision = settings.get("torch_dtype") or settings.get("dtype") or "bfloat16"
+    per_number = _BYTES.get(precision, 2)
+    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.num_hidden_layers
+    latent = cache_numbers(config)
+    scaled = config.rope_scaling
+    return {
+        "model": model,
+        "folder": str(folder),
+        "architecture": settings.get("architectures", ["DeepseekV3ForCausalLM"])[0],
+        "layers": config.num_hidden_layers,
+        "dense_layers": min(config.first_k_dense_replace, config.num_hidden_layers),
+        "mtp_layers": config.num_nextn_predict_layers,
+        "hidden_size": config.hidden_size,
+        "attention_heads": config.num_attention_heads,
+        "routed_experts": config.n_routed_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "shared_experts": config.n_shared_experts,
+        "parameters_total": count.total,
+        "parameters_active": count.active,
+        "parameters_mtp": count.mtp,
+        "precision": settings.get("quantization_config", {}).get("quant_method", precision),
+        "weights_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "cache_numbers_per_token": latent,
+        "cache_bytes_per_token": latent * per_number,
+        "multi_head_cache_bytes_per_token": heads * per_number,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "yarn": None if scaled is None else f"x{scaled.factor:g} from {scaled.original_max_position_embeddings:,}",
+    }
+
+
+def sampling_defaults(model: str) -> dict[str, Any]:
+    """Temperature, top_p and top_k as the model's generation_config.json has them; greedy where it has none."""
+    path = model_folder(model) / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if not settings.get("do_sample"):
+        return {"temperature": 0.0, "top_p": 1.0}
+    known = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    values = {key: settings.get(key, default) for key, default in known.items()}
+    wrong = next((key for key, value in values.items() if not isinstance(value, int | float)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong} is {values[wrong]!r}; it must be a number")
+    return values

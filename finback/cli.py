@@ -1,0 +1,292 @@
+"""The command line: one function a command. Nothing heavy is imported before a command runs."""
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from finback import __version__, terminal
+from finback.errors import UserError
+from finback.paths import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from finback.engine import Engine, Sampling
+    from finback.text import Message
+
+
+class _Commands(TyperGroup):
+    """What a user caused is one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"finback {__version__}")
+        raise typer.Exit
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings=_SETTINGS,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+tasks_app = typer.Typer(no_args_is_help=True, context_settings=_SETTINGS, rich_markup_mode=None)
+app.add_typer(tasks_app, name="tasks", help="The verifiable problems that models are trained and measured on.")
+
+Model = Annotated[str, typer.Option("--model", help="A model's name, or its folder.")]
+Think = Annotated[bool, typer.Option("--think/--no-think", help="Think before answering.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="New tokens at most, thinking included. [default: the context's rest]")
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the model's generation_config.json]")]
+Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Difficulty = Annotated[int | None, typer.Option(help="1 is easiest. [default: the task's own]")]
+
+
+@app.callback()
+def _finback(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train, run and serve your own DeepSeek.
+
+    Example: finback ask "Which is larger, 9.9 or 9.11?"
+    """
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    model: Model = DEFAULT_MODEL,
+    think: Think = True,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Ask one question. The answer goes to stdout, the thinking to stderr.
+
+    Example: finback ask "How many r's are in strawberry?"
+    """
+    text = sys.stdin.read().strip() if question == "-" else question
+    if not text.strip():
+        raise UserError("the question is empty; give it as text, or as - and send it to standard input")
+    engine, sampling = _open(model, max_tokens, temperature, seed)
+    messages: list[Message] = [{"role": "user", "content": text}]
+    stream = engine.stream(messages, sampling, think=think)
+    if not json:
+        if terminal.speak(stream).finish_reason == "length":
+            terminal.note("(cut off: --max-tokens or the model's context is reached)")
+        return
+    *_, last = stream
+    done = last.completion
+    assert done is not None, "the last piece of a stream carries its completion"
+    _print_json(
+        {
+            "answer": done.text,
+            "reasoning": done.reasoning,
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": len(done.token_ids),
+        }
+    )
+
+
+@app.command()
+def chat(
+    model: Model = DEFAULT_MODEL,
+    think: Think = True,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model. Standard input may be a pipe: each line is one turn.
+
+    Example: finback chat --no-think
+    """
+    engine, sampling = _open(model, max_tokens, temperature, seed)
+    if sys.stdin.isatty():
+        terminal.note(f"{model}, offline. /help lists the commands; Ctrl-D leaves.")
+    terminal.converse(
+        lambda messages, thinking: engine.stream(messages, sampling, think=thinking),
+        terminal.typed_lines(),
+        think,
+        engine.context,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, TOML.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/NAME]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Train a model by a recipe. Ctrl-C leaves a checkpoint.
+
+    Example: finback train recipes/calf.toml --set seed=1 --out runs/calf-1
+    """
+    from finback.train import train as run
+
+    run(recipe, overrides or [], out, resume)
+
+
+@tasks_app.command("list")
+def tasks_list(json: Json = False) -> None:
+    """The tasks, each with an example.
+
+    Example: finback tasks list --json
+    """
+    from finback.tasks import TASKS, sample
+
+    entries = [
+        {"name": name, "description": task.description, "example": next(sample(name, 0, 1)).question}
+        for name, task in TASKS.items()
+    ]
+    if json:
+        _print_json(entries)
+    else:
+        terminal.table(("task", "description", "example"), [tuple(entry.values()) for entry in entries])
+
+
+@tasks_app.command("sample")
+def tasks_sample(
+    name: Annotated[str, typer.Argument(help="A task; `finback tasks list` names them.")],
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option(min=1, help="How many problems.")] = 3,
+    difficulty: Difficulty = None,
+    split: Annotated[str, typer.Option(help="train or held_out.")] = "held_out",
+    json: Json = False,
+) -> None:
+    """Problems of a task, with a worked solution and the answer.
+
+    Example: finback tasks sample countdown --seed 7 --n 2
+    """
+    from dataclasses import asdict
+
+    from finback.tasks import TASKS, sample
+
+    if name not in TASKS:
+        raise UserError(f"task {name!r} does not exist; tasks: {', '.join(TASKS)}")
+    if split not in ("train", "held_out"):
+        raise UserError(f"--split is {split!r}; it must be train or held_out")
+    problems = list(sample(name, seed, n, split=split, difficulty=difficulty))  # type: ignore[arg-type]
+    if json:
+        _print_json([asdict(problem) for problem in problems])
+        return
+    for problem in problems:
+        print(f"Question: {problem.question}\n\n{problem.reasoning}\n\nAnswer: {problem.answer}\n")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = DEFAULT_MODEL,
+    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. [default: all]")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 500,
+    seed: Seed = 0,
+    difficulty: Difficulty = None,
+    think: Think = True,
+    max_tokens: MaxTokens = None,
+    batch: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write every problem and reply there, JSON lines.")] = None,
+    json: Json = False,
+) -> None:
+    """Greedy pass@1 on held-out problems, with Wilson 95 % intervals.
+
+    Example: finback eval --task countdown --task equations --n 100
+    """
+    from finback.evaluate import evaluate as measure
+
+    options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
+    result = measure(model, task, n, seed, records=out, **options)
+    if json:
+        _print_json(result)
+        return
+    columns = ("task", "n", "pass@1", "low", "high")
+    scores = result["tasks"].items()
+    terminal.table(columns, [(name, s["n"], *(f"{s[key]:.3f}" for key in columns[2:])) for name, s in scores])
+
+
+@app.command()
+def show(model: Annotated[str, typer.Argument(help="A model's name, or its folder.")], json: Json = False) -> None:
+    """What a model is: architecture, parameters, cache, vocabulary, context. Its weights are not read.
+
+    Example: finback show calf
+    """
+    from finback.about import describe
+
+    facts = describe(model)
+    if json:
+        _print_json(facts)
+    else:
+        terminal.table(("what", "value"), [(key.replace("_", " "), _plain(value)) for key, value in facts.items()])
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What this machine has, what is missing, and what to do.
+
+    Example: finback doctor --json
+    """
+    from finback.doctor import examine
+
+    facts = examine()
+    if json:
+        _print_json(facts)
+        return
+    advice = facts.pop("advice")
+    sizes = {key for key in facts if key.startswith(("memory", "disk"))}
+    shown = {key: _bytes(value) if key in sizes else _plain(value) for key, value in facts.items()}
+    terminal.table(("what", "value"), [(key.replace("_", " "), value) for key, value in shown.items()])
+    for line in advice:
+        terminal.note(f"• {line}")
+
+
+def _open(model: str, max_tokens: int | None, temperature: float | None, seed: int) -> "tuple[Engine, Sampling]":
+    """An engine for one conversation, and how it samples."""
+    from finback.about import sampling_defaults
+    from finback.engine import Engine, Sampling
+    from finback.weights import load, load_tokenizer
+
+    settings = sampling_defaults(model)
+    if temperature is not None:
+        settings["temperature"] = temperature
+    sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
+    return Engine(load(model), load_tokenizer(model), max_batch=1), sampling
+
+
+def _print_json(value: object) -> None:
+    print(jsonlib.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _plain(value: object) -> str:
+    """A fact as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _bytes(value: int | None) -> str:
+    return "unlimited or unknown" if value is None else f"{value / 2**30:,.1f} GiB"
+
+
+def main() -> None:
+    """The entry point of `finback`."""
+    app()

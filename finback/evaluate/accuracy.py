@@ -1,0 +1,105 @@
+"""How often a model is right: greedy pass@1 on problems that training never sees."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finback.engine import Completion, Engine, Sampling
+from finback.errors import UserError
+from finback.paths import atomic_file
+from finback.progress import bar
+from finback.tasks import TASKS, Problem, sample, verify
+from finback.text import Message
+from finback.weights import load, load_tokenizer
+
+_Z = 1.959963984540054  # the standard normal's 97.5th percentile
+Graded = tuple[Problem, Completion, bool]
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1] and is honest near its ends."""
+    assert 0 <= successes <= n > 0, f"{successes} of {n}"
+    share, z2 = successes / n, _Z * _Z
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(
+    model: str | Engine,
+    tasks: Sequence[str] | None = None,
+    n: int = 500,
+    seed: int = 0,
+    *,
+    name: str | None = None,
+    difficulty: int | None = None,
+    think: bool = True,
+    max_tokens: int | None = None,
+    batch: int = 64,
+    records: Path | None = None,
+) -> dict[str, Any]:
+    """Greedy pass@1 on `n` held-out problems of each task (None: all), the same problems for the same seed.
+
+    `model`: a name or folder, loaded here with `batch` rows, or an engine (then `name` is what the result calls it).
+    Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals; `records`
+    gets one JSON line a problem. Raises UserError for an unknown task, n < 1, or a model without a tokenizer.
+    """
+    names = list(dict.fromkeys(tasks or TASKS))
+    unknown = [task for task in names if task not in TASKS]
+    if unknown:
+        raise UserError(f"task {unknown[0]!r} does not exist; tasks: {', '.join(TASKS)}")
+    if n < 1:
+        raise UserError(f"n is {n}; it must be at least 1")
+    if isinstance(model, Engine):
+        engine, label = model, name or "model"
+    else:
+        engine, label = Engine(load(model), load_tokenizer(model), max_batch=batch), name or model
+    problems = [problem for task in names for problem in sample(task, seed, n, split="held_out", difficulty=difficulty)]
+    graded = _grade(engine, problems, think, max_tokens)
+    if records is not None:
+        _write(records, graded)
+    return {
+        "model": label,
+        "seed": seed,
+        "tasks": {task: _score([g for g in graded if g[0].task == task]) for task in names},
+    }
+
+
+def _grade(engine: Engine, problems: Sequence[Problem], think: bool, max_tokens: int | None) -> list[Graded]:
+    """Every problem with the model's completion and whether it is right, in the order given."""
+    prompts: list[list[Message]] = [[{"role": "user", "content": problem.question}] for problem in problems]
+    graded: list[Graded | None] = [None] * len(problems)
+    right = 0
+    with bar(len(problems), "problems") as progress:
+        for completion in engine.generate(prompts, Sampling(temperature=0, max_tokens=max_tokens), think=think):
+            problem = problems[completion.index]
+            correct = verify(problem, completion.text)
+            graded[completion.index] = (problem, completion, correct)
+            right += correct
+            progress.advance(1, right=right)
+    return [entry for entry in graded if entry is not None]
+
+
+def _score(graded: Sequence[Graded]) -> dict[str, Any]:
+    right = sum(correct for _, _, correct in graded)
+    low, high = wilson(right, len(graded))
+    return {"n": len(graded), "pass@1": right / len(graded), "low": round(low, 4), "high": round(high, 4)}
+
+
+def _write(path: Path, graded: Sequence[Graded]) -> None:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for problem, completion, correct in graded:
+            record = {
+                "task": problem.task,
+                "difficulty": problem.difficulty,
+                "question": problem.question,
+                "expected": problem.answer,
+                "answer": completion.text,
+                "correct": correct,
+                "reasoning": completion.reasoning,
+                "finish_reason": completion.finish_reason,
+                "completion_tokens": len(completion.token_ids),
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
