@@ -1,5 +1,9 @@
 """Which version of each hot loop runs. Callers import from here; every version equals `reference`."""
 
-from finback.kernels.reference import attention, cross_entropy, expert_ffn, latent_attention, rms_norm
+from finback.kernels.attention import attention
+from finback.kernels.cross_entropy import cross_entropy
+from finback.kernels.experts import expert_ffn
+from finback.kernels.norm import rms_norm
+from finback.kernels.reference import latent_attention
 
 __all__ = ["attention", "cross_entropy", "expert_ffn", "latent_attention", "rms_norm"]

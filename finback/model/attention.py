@@ -31,8 +31,7 @@ class Cache(Protocol):
 class Context:
     """What every layer of one forward call shares."""
 
-    cos: Tensor
-    sin: Tensor
+    turn: Tensor
     positions_BT: Tensor
     mask_BTT: Tensor | None  # True where a token may look; None is plain causal
     cache: Cache | None
@@ -47,8 +46,7 @@ class Context:
             document = (positions_BT == 0).cumsum(-1)
             same = document.unsqueeze(-1) == document.unsqueeze(-2)
             mask = same.tril()
-        cos, sin = rotation(config, positions_BT)
-        return cls(cos, sin, positions_BT, mask, cache)
+        return cls(rotation(config, positions_BT), positions_BT, mask, cache)
 
 
 class Attention(nn.Module):
@@ -94,14 +92,14 @@ class Attention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q = q.unflatten(-1, (self.config.num_attention_heads, -1))
         q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
-        return q_nope, rotate(q_rope, context.cos.unsqueeze(2), context.sin.unsqueeze(2))
+        return q_nope, rotate(q_rope, context.turn.unsqueeze(2))
 
     def _entry(self, x_BTD: Tensor, context: Context) -> Tensor:
         """What is remembered of each token: the normed latent and the roped shared key, [B, T, C]."""
         latent, key = self.kv_a_proj_with_mqa(x_BTD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
         )
-        return torch.cat((self.kv_a_layernorm(latent), rotate(key, context.cos, context.sin)), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(key, context.turn)), dim=-1)
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask: Tensor | None) -> Tensor:
         heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim

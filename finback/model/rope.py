@@ -54,17 +54,17 @@ def inverse_frequencies(config: Config) -> Tensor:
     return inverse * (1 - ramp) + inverse / scaling.factor * ramp
 
 
-def rotation(config: Config, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every pair's angle, float32 [B, T, rope_dim / 2]."""
+def rotation(config: Config, positions_BT: Tensor) -> Tensor:
+    """Every pair's turn as a complex number (its angle; its length is YaRN's cos/sin factor), [B, T, rope_dim / 2]."""
     angles = positions_BT.float().unsqueeze(-1) * inverse_frequencies(config).to(positions_BT.device)
     scaling = _active_scaling(config)
-    factor = 1.0
+    length = 1.0
     if scaling:
-        factor = _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
-    return angles.cos() * factor, angles.sin() * factor
+        length = _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
+    return torch.polar(torch.full_like(angles, length), angles)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x [..., rope_dim] by angles that broadcast to [..., rope_dim / 2]."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x [..., rope_dim], each a complex number, by factors [..., rope_dim / 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)

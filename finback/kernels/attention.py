@@ -1,0 +1,82 @@
+"""Attention by blocks of queries with its backward, in batched matrix products.
+
+On a CPU torch's own SDPA is 3 to 6 times slower than this for 32 x 256 tokens with heads of 48 and 32 (LOG, attention):
+it computes in small tiles, and falls to its slow path where value heads are narrower than key heads. Here one row of
+the batch at a time keeps its scores in cache, a causal block reads only the keys before its end, and memory grows with
+T, not T².
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.kernels.precision import compute_dtype
+
+BLOCK = 256  # queries at a time
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """As `reference.attention`."""
+    dtype = compute_dtype(query)
+    return _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), scale, mask)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[B, T, H, d] to contiguous [B, H, T, d]: torch's batched product wants each matrix dense."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _blocks(queries: int, keys: int, mask: Tensor | None) -> list[tuple[slice, slice]]:
+    """Pairs of query and key ranges; without a mask a block sees no key past its last query."""
+    starts = range(0, queries, BLOCK)
+    ends = [min(start + BLOCK, queries) for start in starts]
+    return [(slice(s, e), slice(0, e if mask is None else keys)) for s, e in zip(starts, ends, strict=True)]
+
+
+def _bias(mask: Tensor | None, row: int, rows: slice, columns: slice, like: Tensor) -> Tensor:
+    """0 where a query may look and -inf where not, for one block of one row of the batch."""
+    bias = like.new_full((rows.stop - rows.start, columns.stop), float("-inf"))
+    if mask is None:
+        return bias.triu_(rows.start + 1)
+    return bias.masked_fill_(mask[row, rows, columns], 0.0)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        q, k, v = _heads_first(query * scale), _heads_first(key), _heads_first(value)
+        blocks = _blocks(q.shape[2], k.shape[2], mask)
+        keep = any(ctx.needs_input_grad)
+        out = value.new_empty(*query.shape[:3], value.shape[3])
+        probabilities: list[Tensor] = []
+        causal = [_bias(None, 0, rows, columns, q) for rows, columns in blocks] if mask is None else None
+        for b in range(len(q)):
+            for i, (rows, columns) in enumerate(blocks):
+                bias = causal[i] if causal else _bias(mask, b, rows, columns, q)
+                scores = torch.baddbmm(bias, q[b, :, rows], k[b, :, columns].transpose(1, 2))
+                chosen = torch.softmax(scores, -1)
+                out[b, rows] = torch.bmm(chosen, v[b, :, columns]).transpose(0, 1)
+                if keep:
+                    probabilities.append(chosen)
+        ctx.save_for_backward(q, k, v, out, *probabilities)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *probabilities = ctx.saved_tensors
+        # d softmax: P · (dP - Σ P·dP), and Σ P·dP = Σ grad·out
+        delta = torch.linalg.vecdot(grad, out).transpose(1, 2).unsqueeze(-1)
+        grad = _heads_first(grad)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        saved = iter(probabilities)
+        for b in range(len(q)):
+            for rows, columns in ctx.blocks:
+                chosen, g = next(saved), grad[b, :, rows]
+                dv[b, :, columns].baddbmm_(chosen.transpose(1, 2), g)
+                ds = torch.baddbmm(delta[b, :, rows], g, v[b, :, columns].transpose(1, 2), beta=-1).mul_(chosen)
+                torch.bmm(ds, k[b, :, columns], out=dq[b, :, rows])
+                dk[b, :, columns].baddbmm_(ds.transpose(1, 2), q[b, :, rows])
+        back = [x.transpose(1, 2) for x in (dq.mul_(ctx.scale), dk, dv)]
+        return (*back, None, None)
