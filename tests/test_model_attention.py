@@ -1,5 +1,7 @@
 """Latent attention: naive, absorbed and cached are one function; documents in a row never mix."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +31,9 @@ class DictCache:
         keys = [key for key in self.slots if key[0] == layer]
         rows, slots = max(row for _, row, _ in keys) + 1, max(slot for _, _, slot in keys) + 1
         junk = torch.full_like(self.slots[keys[0]], 1e4)
-        return torch.stack([torch.stack([self.slots.get((layer, r, s), junk) for s in range(slots)]) for r in range(rows)])
+        return torch.stack(
+            [torch.stack([self.slots.get((layer, r, s), junk) for s in range(slots)]) for r in range(rows)]
+        )
 
 
 def in_chunks(model, ids: Tensor, sizes: list[int]) -> Tensor:
@@ -53,7 +57,7 @@ def _no_grad():
 def test_any_chunks_through_a_cache_equal_the_whole(cuts):
     """One by one, all at once, and everything between: prefill, chunked prefill and decoding."""
     edges = sorted({0, LENGTH} | cuts)
-    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    sizes = [b - a for a, b in pairwise(edges)]
     model, ids = tiny_model(CONFIG), tokens(2, LENGTH)
     torch.testing.assert_close(in_chunks(model, ids, sizes), model(ids), rtol=1e-4, atol=1e-4)
 
