@@ -1,4 +1,4 @@
-"""Which dtype a kernel computes in."""
+"""Which dtype a computation runs in."""
 
 import torch
 from torch import Tensor
@@ -8,3 +8,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on, else the tensor's own: what a matrix product of torch would take."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32; in float64 where it already is, which finite differences and enumerations need."""
+    return x if x.dtype == torch.float64 else x.float()

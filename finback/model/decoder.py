@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from finback.kernels.precision import wide
 from finback.model.attention import Cache, Context
 from finback.model.block import Block
 from finback.model.config import Config
@@ -47,8 +48,8 @@ class Decoder(nn.Module):
         return self.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 scores over the vocabulary, [..., V]."""
-        return self.lm_head(hidden).float()
+        """float32 scores (float64 of a float64 model) over the vocabulary, [..., V]."""
+        return wide(self.lm_head(hidden))
 
 
 class Model(nn.Module):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finback.kernels.precision import wide
 from finback.model.config import Config
 from finback.model.linear import MLP, Experts
 
@@ -32,7 +33,8 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor]:
         """Returns the chosen experts and their weights, both [N, K] with N = B·T."""
         with torch.autocast(x_BTD.device.type, enabled=False):
-            scores_NE = F.linear(x_BTD.flatten(0, 1).float(), self.weight.float()).sigmoid()
+            x_ND = wide(x_BTD.flatten(0, 1))
+            scores_NE = F.linear(x_ND, self.weight.to(x_ND.dtype)).sigmoid()
         if routing is not None and self.layer in routing:
             experts_NK = routing[self.layer]
         else:
