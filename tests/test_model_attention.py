@@ -67,6 +67,7 @@ def test_any_chunks_through_a_cache_equal_the_whole(cuts):
     [
         {"q_lora_rank": None},
         {"v_head_dim": 9},
+        {"qk_nope_head_dim": 7, "kv_lora_rank": 15},
         {"kv_lora_rank": 4},  # narrower than the heads: the absorbed form is always the cheaper one
         {"rope_scaling": RopeScaling(40, 8, mscale=1.0, mscale_all_dim=1.0), "max_position_embeddings": 320},
     ],
