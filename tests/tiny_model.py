@@ -63,6 +63,8 @@ def twin(model: Model) -> Any:
 
 
 def _twin_name(name: str) -> str:
-    name = name.replace("experts.gate_up.value", "experts.gate_up_proj").replace("experts.down.value", "experts.down_proj")
+    name = name.replace("experts.gate_up.value", "experts.gate_up_proj").replace(
+        "experts.down.value", "experts.down_proj"
+    )
     name = name.removesuffix(".value")
     return name.removeprefix("decoder.") if "lm_head" in name else name.replace("decoder.", "model.", 1)
