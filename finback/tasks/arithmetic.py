@@ -23,6 +23,8 @@ FORMS = (
     "I need the result of {e}.",
     "what does {e} equal?",
 )
+#: An answer may repeat the expression: "3 + 4 = 7".
+BEFORE = r"[-+*/()0-9 ×÷−x]*= *"
 WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 Token = int | str
 
@@ -39,7 +41,7 @@ class Arithmetic(Task):
         return self.problem(difficulty, question, "\n".join(lines), str(value), key, {"value": value})
 
     def verify(self, problem: Problem, response: str) -> bool:
-        return parse_number(final_answer(response, equals=True)) == problem.data["value"]
+        return parse_number(final_answer(response, BEFORE), "whole") == problem.data["value"]
 
 
 def _expression(rng: random.Random, level: int) -> list[Token]:

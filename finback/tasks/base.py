@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from finback.errors import UserError
 
@@ -70,7 +71,7 @@ def check_level(name: str, difficulty: int) -> int:
 def casual(rng: random.Random, text: str, lower: bool = True) -> str:
     """People leave out the final mark or the first capital: so does one question in five each."""
     if rng.random() < 0.2:
-        text = text.rstrip("?.!")
+        text = text.rstrip("?.! ")
     if lower and rng.random() < 0.2:
         text = text[0].lower() + text[1:]
     return text
@@ -86,11 +87,11 @@ def join_words(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def final_answer(response: str, equals: bool = False) -> str:
+def final_answer(response: str, before: str = "") -> str:
     r"""The final answer inside a response, or "" when there is none.
 
     The content of the last `\boxed{...}` if there is one; otherwise the whole text, or what follows its last
-    "Answer:" and, where `equals` says so, its last "=". One trailing period is dropped.
+    "Answer:". What matches the pattern `before` is dropped from its front ("x ="), and one period from its end.
     """
     if len(response) > LONGEST_RESPONSE:
         return ""
@@ -99,11 +100,16 @@ def final_answer(response: str, equals: bool = False) -> str:
         text = _braced(response, start + len("\\boxed{"))
     else:
         text = re.split(r"answer:", response, flags=re.IGNORECASE)[-1]
-    if equals:
-        text = text.rpartition("=")[2]
     text = text.strip()
-    text = text[:-1].rstrip() if text.endswith(".") else text
-    return text if len(text) <= LONGEST_ANSWER else ""
+    if len(text) > LONGEST_ANSWER:
+        return ""
+    text = re.sub(f"^(?:{before})", "", text)
+    return text[:-1].rstrip() if text.endswith(".") else text
+
+
+def same_words(text: str, answer: str) -> bool:
+    """Equal but for the case of ASCII letters (lower() alone would take a Kelvin sign for a k)."""
+    return text.isascii() and text.lower() == answer.lower()
 
 
 def _braced(text: str, start: int) -> str:
@@ -120,15 +126,18 @@ _NUMBER = re.compile(rf"([-−]?)(?:({_WHOLE})(?:/([1-9][0-9]{{0,29}})|\.([0-9]{
 _FRACTION = re.compile(rf"([-−]?)\\[dt]?frac\{{({_WHOLE})\}}\{{([1-9][0-9]{{0,29}})\}}()")
 
 
-def parse_number(text: str) -> Fraction | None:
-    r"""The value of one plain number ("-3", "5/2", "2.5", "\frac{5}{2}") of at most 30 digits a part, or None.
+def parse_number(text: str, form: Literal["whole", "decimal", "rational"]) -> Fraction | None:
+    r"""The value of one plain number of at most 30 digits a part, or None where the text is not one of that form.
 
-    Not numbers: a plus sign, "-0", leading zeros, exponents, digits of other scripts, thousands separators.
+    Whole: "-3". Decimal: also "2.5". Rational: also "5/2" and "\frac{5}{2}". Never a number: a plus sign, "-0", leading
+    zeros, exponents, digits of other scripts, thousands separators.
     """
     match = _NUMBER.fullmatch(text) or _FRACTION.fullmatch(text)
     if match is None:
         return None
     sign, whole, denominator, places = match.groups()
+    if (denominator and form != "rational") or (places and form == "whole"):
+        return None
     value = Fraction(f"{whole}.{places}") if places else Fraction(int(whole), int(denominator or 1))
     if sign and value == 0:
         return None

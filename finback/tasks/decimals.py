@@ -3,7 +3,7 @@
 import random
 from fractions import Fraction
 
-from finback.tasks.base import Problem, Task, casual, final_answer, join_words, parse_number
+from finback.tasks.base import Problem, Task, casual, final_answer, join_words, parse_number, same_words
 from finback.tasks.worked import compare
 
 PAIR_FORMS = {
@@ -79,12 +79,12 @@ class Decimals(Task):
         text, kind = final_answer(response), problem.data["kind"]
         values = [Fraction(number) for number in problem.data["numbers"]]
         if kind == "equal":
-            return text.lower() == ("yes" if values[0] == values[1] else "no")
+            return same_words(text, "yes" if values[0] == values[1] else "no")
         if len(set(values)) == 1:
-            return text.lower() == "equal"
+            return same_words(text, "equal")
         if kind in ("larger", "smaller"):
-            return parse_number(text) == (max(values) if kind == "larger" else min(values))
-        parts = [parse_number(part.strip(" ")) for part in text.split(",")]
+            return parse_number(text, "decimal") == (max(values) if kind == "larger" else min(values))
+        parts = [parse_number(part.strip(" "), "decimal") for part in text.split(",")]
         return parts == sorted(values, reverse=kind == "descending")
 
 

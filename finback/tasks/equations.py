@@ -55,7 +55,7 @@ class Equations(Task):
 
     def verify(self, problem: Problem, response: str) -> bool:
         a, b, c, d = problem.data["coefficients"]
-        return parse_number(final_answer(response, equals=True)) == Fraction(d - b, a - c)
+        return parse_number(final_answer(response, r"[a-z] *= *"), "rational") == Fraction(d - b, a - c)
 
 
 def _coefficients(rng: random.Random, level: int) -> tuple[int, int, int, int]:

@@ -47,7 +47,7 @@ class Letters(Task):
         return self.problem(difficulty, question, reasoning, str(count), f"{letter}|{text}", data)
 
     def verify(self, problem: Problem, response: str) -> bool:
-        return parse_number(final_answer(response)) == problem.data["text"].count(problem.data["letter"])
+        return parse_number(final_answer(response), "whole") == problem.data["text"].count(problem.data["letter"])
 
 
 def _ask(rng: random.Random, text: str, letter: str) -> str:

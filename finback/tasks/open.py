@@ -25,7 +25,7 @@ class Open(Task):
         style = rng.random()
         if style < 0.65:
             group, template = rng.choice(TEMPLATES)
-            topic = rng.choice(WORDS if group == "word" else TOPICS[group])
+            topic = rng.choice(TOPICS[group])
             text = template.replace("{t}", topic)
             while "{n}" in text:
                 text = text.replace("{n}", str(rng.choice((rng.randint(2, 20), rng.randint(2, 999)))), 1)

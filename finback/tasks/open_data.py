@@ -1,5 +1,7 @@
 """Templates, topics and whole sentences of the open questions. Written for this project; topics keep their own case."""
 
+from finback.tasks.words import NAMES, WORDS
+
 
 def _lines(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.strip().replace("\n", "|").split("|"))
@@ -59,6 +61,9 @@ TOPICS = {
         files, a SQL query with a join, a login page, a chat bot, a calculator, a sudoku solver, a rate limiter, a
         Makefile, a backup script, an HTTP client, a queue, a stack, a neural network
     """),
+    "word": WORDS,
+    "name": NAMES,
+    "number": tuple(map(str, range(2, 1000))),
     "phrase": _commas("""
         good morning, thank you very much, where is the station, I love you, how much does it cost, happy birthday,
         see you tomorrow, I am hungry, the book is on the table, my name is Peter, can you help me, it is raining,
@@ -195,6 +200,50 @@ _BY_GROUP = {
         What is the opposite of {t}?
         Write a limerick with the word {t}.
         How many {t}s are there in the world?
+        How many vowels are in {t}?
+        How long is the word {t}?
+        Reverse the letters of {t}.
+        Write {t} in capital letters.
+        What is the first letter of {t}?
+    """,
+    "name": """
+        Is {t} a good name for a baby?
+        {t} is my best friend. What should I give {t} for a birthday?
+        Where does the name {t} come from?
+        {t} is taller than I thought.
+        {t} and I had a fight. What now?
+        Who is {t}?
+        Say hello to {t}.
+        {t} is older than the hills, they say. Is that true?
+        Do you know {t}?
+        My name is {t}.
+    """,
+    "number": """
+        What is the square root of {t}?
+        What is {t}% of {n}?
+        Is {t} a prime number?
+        What are the prime factors of {t}?
+        Convert {t} km to miles.
+        Convert {t} dollars to euros.
+        How many days are in {t} weeks?
+        What is {t} degrees Celsius in Fahrenheit?
+        Round {t} to the nearest ten.
+        What is {t} factorial?
+        Write {t} in words.
+        Name {t} animals.
+        Tell me {t} jokes.
+        What happened in the year {t}?
+        What is {t} in Roman numerals?
+        What is special about the number {t}?
+        My house has {t} rooms. Is that a lot?
+        I bought {t} apples and ate {n}. How many are left?
+        {t} people share {n} cakes. How much does each get?
+        A car drives {t} km in {n} hours. How fast is it?
+        What is the logarithm of {t}?
+        How many hours are {t} minutes?
+        What is {t} squared?
+        Is {t} a lucky number?
+        How tall is a building with {t} floors?
     """,
 }
 TEMPLATES = tuple((group, line) for group, text in _BY_GROUP.items() for line in _lines(text))

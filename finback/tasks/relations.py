@@ -4,7 +4,7 @@ import random
 import re
 from itertools import pairwise
 
-from finback.tasks.base import Problem, Task, casual, final_answer
+from finback.tasks.base import Problem, Task, casual, final_answer, same_words
 from finback.tasks.words import NAMES
 
 #: more, most, less, least, and the plain word of "not as tall as"
@@ -58,7 +58,7 @@ class Relations(Task):
         return self.problem(difficulty, question, reasoning, answer, key, {"answer": answer})
 
     def verify(self, problem: Problem, response: str) -> bool:
-        return re.split(r", ?", final_answer(response).lower()) == problem.data["answer"].lower().split(", ")
+        return same_words(re.sub(r", ?", ", ", final_answer(response)), problem.data["answer"])
 
 
 def _fact(rng: random.Random, more: str, less: str, words: tuple[str, ...]) -> str:

@@ -1,8 +1,11 @@
 """Word and name lists of the tasks: common English words of 3 to 16 letters, and short first names."""
 
-WORDS = tuple(
-    dict.fromkeys(
-        """
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text.split()))
+
+
+WORDS = _words("""
     strawberry banana mississippi raspberry blueberry blackberry cranberry cherry apple orange lemon melon peach
     apricot pineapple coconut avocado mango papaya grape tomato potato carrot onion garlic cabbage broccoli spinach
     lettuce pepper cucumber pumpkin celery radish turnip mushroom zucchini eggplant parsley cinnamon ginger vanilla
@@ -61,14 +64,10 @@ WORDS = tuple(
     queue rhyme syzygy crypt gypsy lynx onyx sphinx quartz kayak level radar rotor civic noon racecar deified
     bazaar banjo jigsaw pajamas hijack jukebox quizzical zigzag abracadabra hippopotamus rhinoceros chimpanzee
     caterpillar hummingbird woodpecker nightingale refrigerator thermometer microscope telescope kaleidoscope
-    """.split()
-    )  # noqa: SIM905
-)
+""")
 
-NAMES = tuple(
-    """
+NAMES = _words("""
     Adam Alan Alex Alice Amy Anna Ben Bella Bob Carl Carol Clara Dan David Dora Ed Ella Emma Eric Eva Fay Fred Gina
     Grace Hana Henry Ian Ida Ivan Jack Jane Joe Julia Karl Kate Ken Lea Leo Lily Liam Lucy Mark Mary Max Mia Nina Noah
     Nora Olga Oscar Paul Peter Rosa Ruth Sam Sara Sofia Tina Tom Uma Vera Victor Will Yara Zoe
-    """.split()  # noqa: SIM905
-)
+""")
