@@ -2,8 +2,11 @@
 
 import os
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # No deadline: a test never judges by time. In CI the examples are the same in every run.
 settings.register_profile("finback", deadline=None, derandomize="CI" in os.environ)
+# For planted bugs: that a test fails is enough, the smallest example is not asked for.
+quick = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
+settings.register_profile("mutation", deadline=None, derandomize=True, phases=quick)
 settings.load_profile("finback")

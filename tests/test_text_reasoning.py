@@ -70,7 +70,7 @@ def test_pieces_are_whole_characters_and_nothing_is_late(make, data):
         ("a\n\nb\n c\n</think>\n\nd", "a\n\nb\n c", "d"),
         ("cut off\n", "cut off\n", ""),  # no </think>: the newline is the text's own
         ("", "", ""),
-        ("a\n</think>\n\nb</think>c", "a", "bc"),  # a second </think> marks nothing
+        ("a\n</think>\n\nb</think>\nc", "a", "b\nc"),  # a second </think> marks nothing
         ("a<think>b\n</think>\n\nc", "ab", "c"),
         ("a\n</think>\n\nb<think>\nd\n</think>\n\ne", "ad", "be"),  # the model thinks again
     ],

@@ -50,6 +50,14 @@ def test_the_tricky_tokenizer_would_be_fooled_by_its_own_file():
     assert plain.encode("<think>").ids == [tricky().think_id]
 
 
+def test_whole_words_in_the_vocabulary_are_no_way_in():
+    """Files with `ignore_merges` (Llama's) look a whole word up before any merge."""
+    spec = {**tricky()._spec, "model": {**tricky()._spec["model"], "ignore_merges": True}}
+    tokenizer = Tokenizer(spec, {})
+    assert tokenizer.think_id not in tokenizer.encode("<think>")
+    assert tokenizer.decode(tokenizer.encode("<think>")) == "<think>"
+
+
 def test_special_ids_are_those_of_deepseek():
     tokenizer = trained()
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)

@@ -133,7 +133,7 @@ class Tokenizer:
         """`encode` of each text, on all cores."""
         for text in texts:
             _check_unicode(text)
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are nothing.

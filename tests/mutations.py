@@ -1,0 +1,70 @@
+"""Planted bugs: each is put into a copy of the package, and the tests named beside it must then fail.
+
+Every room lists its own in `tests/mutations_<room>.py` as `MUTATIONS`. `tests/test_mutations.py` runs them all.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 300
+
+# An editable install finds the package by a hook that comes before the path; in the copy it must not.
+SITECUSTOMIZE = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__name__.startswith("ScikitBuild")]
+"""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug: in `file` (under finback/) `old`, which occurs exactly once, becomes `new`.
+
+    `tests` are pytest names that must catch it: "test_x.py" or "test_x.py::test_name", under tests/. `why` says what
+    the bug would be in life.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: Sequence[str]
+    why: str
+
+
+def everything() -> list[Mutation]:
+    """The planted bugs of all rooms."""
+    modules = sorted(path.stem for path in Path(__file__).parent.glob("mutations_*.py"))
+    return [mutation for name in modules for mutation in importlib.import_module(name).MUTATIONS]
+
+
+def copy(target: Path) -> None:
+    """A copy of all that tests use. Models are linked: they are large, and no bug is planted in them."""
+    leave = shutil.ignore_patterns("__pycache__", "models")
+    for name in ("finback", "tests"):
+        shutil.copytree(ROOT / name, target / name, ignore=leave)
+    if (ROOT / "finback" / "models").is_dir():
+        (target / "finback" / "models").symlink_to(ROOT / "finback" / "models")
+    for name in ("pyproject.toml", "README.md", "recipes"):
+        (target / name).symlink_to(ROOT / name)
+    (target / "sitecustomize.py").write_text(SITECUSTOMIZE)
+
+
+def plant(mutation: Mutation, target: Path) -> None:
+    """Put the bug into the copy at `target`."""
+    path = target / "finback" / mutation.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(mutation.old) == 1, f"{mutation.file}: {mutation.old!r} occurs {text.count(mutation.old)} times"
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+def run(tests: Sequence[str], target: Path) -> subprocess.CompletedProcess[str]:
+    """Run `tests` on the copy at `target`. pytest's exit code: 0 passed, 1 failed, else it could not run them."""
+    environment = {**os.environ, "PYTHONPATH": str(target), "CI": "true", "PYTEST_ADDOPTS": ""}
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"]
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
+    return subprocess.run(command, cwd=target, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
