@@ -97,6 +97,13 @@ class Config:
         """Numbers cached per token and layer: the latent and the one roped key that all heads share."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def active_scaling(self) -> RopeScaling | None:
+        """YaRN, only where the context was extended: `max_position_embeddings` past the original length."""
+        scaling = self.rope_scaling
+        extended = scaling is not None and self.max_position_embeddings > scaling.original_max_position_embeddings
+        return scaling if extended else None
+
     def is_moe(self, layer: int) -> bool:
         """Whether the layer at this absolute index has experts (MTP layers, past the end, always do)."""
         return layer >= self.first_k_dense_replace

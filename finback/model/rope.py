@@ -14,12 +14,6 @@ from finback.kernels.precision import wide
 from finback.model.config import Config, RopeScaling
 
 
-def _active_scaling(config: Config) -> RopeScaling | None:
-    scaling = config.rope_scaling
-    extended = scaling is not None and config.max_position_embeddings > scaling.original_max_position_embeddings
-    return scaling if extended else None
-
-
 def _magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -27,7 +21,7 @@ def _magnitude(factor: float, mscale: float) -> float:
 def softmax_scale(config: Config) -> float:
     """(nope + rope)^-1/2, times m(factor, mscale_all_dim)² where YaRN is on."""
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    scaling = _active_scaling(config)
+    scaling = config.active_scaling
     return scale * _magnitude(scaling.factor, scaling.mscale_all_dim) ** 2 if scaling else scale
 
 
@@ -46,7 +40,7 @@ def inverse_frequencies(config: Config) -> Tensor:
     """Turn per position of each of the rope_dim / 2 pairs, in radians; float32 [rope_dim / 2]."""
     dim = config.qk_rope_head_dim
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    scaling = _active_scaling(config)
+    scaling = config.active_scaling
     if scaling is None:
         return inverse
     low, high = correction_range(scaling, dim, config.rope_theta)
@@ -58,7 +52,7 @@ def inverse_frequencies(config: Config) -> Tensor:
 def rotation(config: Config, positions_BT: Tensor) -> Tensor:
     """Every pair's turn as a complex number (its angle; its length is YaRN's cos/sin factor), [B, T, rope_dim / 2]."""
     angles = positions_BT.float().unsqueeze(-1) * inverse_frequencies(config).to(positions_BT.device)
-    scaling = _active_scaling(config)
+    scaling = config.active_scaling
     length = 1.0
     if scaling:
         length = _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)

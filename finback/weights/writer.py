@@ -1,8 +1,10 @@
 """From a `Model` to a model folder, in the original DeepSeek-V3 layout."""
 
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,6 @@ from finback.paths import atomic_folder
 from finback.text.tokenizer import Tokenizer
 from finback.weights import layout, store
 
-# What `save` writes itself; every other file of the folder is kept.
-_WRITTEN = shutil.ignore_patterns("config.json", "generation_config.json", "model*.safetensors", store.INDEX)
-
 
 def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, shard_limit: int = store.SHARD_LIMIT) -> None:
     """Write `model` to `folder` in the original layout, so that transformers, vLLM and llama.cpp read it too.
@@ -25,19 +24,24 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, shard_li
     something that is not a model.
     """
     target = Path(folder).expanduser().resolve()
-    if target == Path.cwd() or (target.exists() and not _replaceable(target)):
+    if Path.cwd().is_relative_to(target) or (target.exists() and not _replaceable(target)):
         raise UserError(f"{target}: not an empty folder or a model folder; save into a folder of its own")
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     with atomic_folder(target) as temporary:
         if target.is_dir():
-            shutil.copytree(target, temporary, ignore=_WRITTEN, symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(target, temporary, ignore=_written(target), symlinks=True, dirs_exist_ok=True)
         store.write(temporary, [*layout.tensors(model), *layout.copies(model)], shard_limit)
-        _write_json(temporary / "config.json", model.config.to_dict() | {"torch_dtype": dtype})
+        _write_json(temporary / "config.json", _settings(model.config, dtype))
         _write_json(temporary / "generation_config.json", _generation_config(model.config, tokenizer))
         if tokenizer is not None:
             tokenizer.save(temporary)
         for file in temporary.iterdir():
             _flush(file)
+
+
+def _settings(config: Config, dtype: str) -> dict[str, Any]:
+    """config.json. Other readers apply YaRN whenever it is named, so it is named only where the model applies it."""
+    return dataclasses.replace(config, rope_scaling=config.active_scaling).to_dict() | {"torch_dtype": dtype}
 
 
 def _generation_config(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -52,6 +56,12 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _written(target: Path) -> Callable[[str, list[str]], Set[str]]:
+    """What `save` writes itself, and so does not carry over; every other file of the folder is kept."""
+    patterns = shutil.ignore_patterns("config.json", "generation_config.json", "model*.safetensors", store.INDEX)
+    return lambda folder, names: patterns(folder, names) if Path(folder) == target else set()
 
 
 def _flush(file: Path) -> None:
