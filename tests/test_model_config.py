@@ -77,7 +77,9 @@ def test_the_original_file_is_read_and_the_defaults_are_v3():
 def test_what_is_written_is_the_original_form_and_reads_back():
     config = Config.from_dict(V3_FILE)
     written = json.loads(json.dumps(config.to_dict()))
-    extras = "attention_dropout aux_loss_alpha ep_size pretraining_tp seq_aux torch_dtype transformers_version use_cache"
+    extras = (
+        "attention_dropout aux_loss_alpha ep_size pretraining_tp seq_aux torch_dtype transformers_version use_cache"
+    )
     for name in V3_FILE.keys() - set(extras.split()):
         assert written[name] == V3_FILE[name], name
     assert Config.from_dict(written) == config
