@@ -72,7 +72,8 @@ def casual(rng: random.Random, text: str, lower: bool = True) -> str:
     """People leave out the final mark or the first capital: so does one question in five each."""
     if rng.random() < 0.2:
         text = text.rstrip("?.! ")
-    if lower and rng.random() < 0.2:
+    # A capital that no small letter follows is no first word: `AE base 15`.
+    if lower and rng.random() < 0.2 and text[1:2].islower():
         text = text[0].lower() + text[1:]
     return text
 
