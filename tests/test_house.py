@@ -24,7 +24,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALSO = {("train", "evaluate")}
-WITHOUT_TORCH = {"errors", "progress", "paths", "tasks", "text", "__init__", "cli", "about", "doctor", "terminal"}
+WITHOUT_TORCH = {"errors", "progress", "paths", "tasks", "text", "__init__", "cli", "doctor", "terminal"}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich"}
 LAZY = {"httpx"}  # core, but imported by the one command that needs it
