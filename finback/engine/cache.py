@@ -12,10 +12,14 @@ from finback.model.config import Config
 class LatentCache:
     """Entries of many sequences, [layer, row B, slot S, C] with C = kv_lora_rank + qk_rope_head_dim.
 
-    Exactly C x num_hidden_layers numbers a token. Rows and slots grow by doubling up to what was asked for.
+    Exactly C x num_hidden_layers numbers a token. Rows (at most `max_rows`) and slots (at most the context) grow by
+    doubling as they are needed.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: Config, max_rows: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.max_rows = max_rows
         self.layers = config.num_hidden_layers
         self.width = config.kv_lora_rank + config.qk_rope_head_dim
         self.context = config.max_position_embeddings
@@ -27,11 +31,11 @@ class LatentCache:
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for `rows` rows of `slots` slots; what is written stays."""
-        assert slots <= self.context, f"{slots} slots in a context of {self.context}"
+        assert rows <= self.max_rows and slots <= self.context, f"{rows} x {slots} of {self.max_rows} x {self.context}"
         _, have_rows, have_slots, _ = self.storage.shape
         if rows <= have_rows and slots <= have_slots:
             return
-        rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
+        rows = have_rows if rows <= have_rows else min(self.max_rows, max(rows, 2 * have_rows))
         slots = have_slots if slots <= have_slots else min(self.context, max(slots, 2 * have_slots, 64))
         # Zeros, not empty: a masked slot still meets a weight of 0, and 0 x NaN is NaN.
         storage = self.storage.new_zeros(self.layers, rows, slots, self.width)

@@ -40,7 +40,7 @@ class Engine:
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.config.max_position_embeddings
         self.eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
-        self.cache = LatentCache(model.config, weight.dtype, weight.device)
+        self.cache = LatentCache(model.config, max_batch, weight.dtype, weight.device)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # a request's index here is its row in the cache
 
