@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from finback.errors import UserError
+
 __all__ = ["train"]
 
 
@@ -21,4 +23,9 @@ def train(
     checked = recipe.load(recipe_path, overrides)
     folder = Path(out) if out is not None else Path("runs") / Path(recipe_path).stem
     memory.keep_freed_memory()
-    return Trainer(checked, folder, resume).run()
+    try:
+        return Trainer(checked, folder, resume).run()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the run cannot be written or read ({error}); checkpoints are intact: mend it, then use --resume"
+        ) from error

@@ -47,6 +47,12 @@ class TokenizerSection(_From):
     vocab_size: Positive = 2048
     texts: Positive = 20_000
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source is not None and (given := self.model_fields_set - {"source"}):
+            raise ValueError(f"{min(given)} is for a tokenizer trained here; one taken by `from` is used as it is")
+        return self
+
 
 class Optimizer(Section):
     """AdamW for all, or Muon for the hidden matrices and AdamW for the rest; the learning rate's course.
@@ -151,7 +157,7 @@ class Recipe(Section):
             if extra := self.model.model_fields_set - {"source"}:
                 raise ValueError(f"model.{min(extra)}: a model loaded by model.from keeps its configuration")
             return self
-        config = self.config(self.tokenizer.vocab_size)
+        config = self.config(1 if self.tokenizer.source else self.tokenizer.vocab_size)
         for n, stage in enumerate(self.stages):
             try:
                 stage.check_model(config)
@@ -239,8 +245,8 @@ def _item(place: Any, part: str, override: str) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake in one line."""
-    first = error.errors()[0]
+    """The first mistake in one line; an unknown key first, as it is often the reason why another is missing."""
+    first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     location = [part for part in first["loc"] if part != "constrained-str"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":

@@ -67,16 +67,17 @@ def make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
 
 def make_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
     """The model before the first step, float32, in training mode."""
-    if recipe.model_source is not None:
-        model = weights.load(recipe.model_source, dtype="float32")
-    else:
-        model = Model(recipe.config(tokenizer.vocab_size))
-        model.init_weights(recipe.seed)
-    for n, stage in enumerate(recipe.stages):
-        try:
-            stage.check_model(model.config)
-        except ValueError as error:
-            raise UserError(f"stage.{n}: {error}") from None
+    loaded = weights.load(recipe.model_source, dtype="float32") if recipe.model_source is not None else None
+    try:
+        config = loaded.config if loaded else recipe.config(tokenizer.vocab_size)
+        for stage in recipe.stages:
+            stage.check_model(config)
+    except ValueError as error:
+        raise UserError(f"recipe: {error}") from None
+    if loaded is not None:
+        return loaded.train()
+    model = Model(config)
+    model.init_weights(recipe.seed)
     return model.train()
 
 
