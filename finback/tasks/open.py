@@ -57,9 +57,9 @@ def _style(rng: random.Random, text: str) -> str:
     if rng.random() < 0.1:
         text = rng.choice(BEFORE) + text[0].lower() + text[1:]
     if rng.random() < 0.1:
-        text = text.rstrip("?.!") + rng.choice(AFTER)
+        text = text.rstrip("?.! ") + rng.choice(AFTER)
     if rng.random() < 0.2:
-        text = text.rstrip("?.!")
+        text = text.rstrip("?.! ") or text
     style = rng.random()
     if style < 0.25:
         text = text.lower()

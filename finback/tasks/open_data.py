@@ -249,45 +249,41 @@ _BY_GROUP = {
 TEMPLATES = tuple((group, line) for group, text in _BY_GROUP.items() for line in _lines(text))
 
 SENTENCES = _lines("""
-    Hello | Hi there! | Good morning! | hey | Good evening, how are you? | How are you today? | What's up?
-    Who are you? | What are you? | What is your name? | Are you a robot? | Are you human? | Are you ChatGPT?
-    Who made you? | Which model are you? | How many parameters do you have? | How were you trained? | What can you do?
+    Hello | Hi there! | hey | Good evening, how are you? | How are you today? | What's up? | Who are you?
+    What are you? | What is your name? | Are you a robot? | Are you human? | Are you ChatGPT? | Who made you?
+    Which model are you? | How many parameters do you have? | How were you trained? | What can you do?
     What can you help me with? | Help | help me please | Can you hear me? | Do you have feelings? | Do you dream?
     Are you conscious? | Where do you live? | How old are you? | Do you speak French? | Sprechen Sie Deutsch?
     ¿Hablas español? | Parlez-vous français ? | Ciao, come stai? | Thank you! | thanks, that was great
     Sorry, I did not understand. | You are wrong. | That makes no sense. | I disagree with you. | Are you sure? | Why?
     why not | ok | yes | no | maybe | lol | test | Goodbye! | See you later. | I am bored. | I am sad today.
-    I feel lonely. | I love you. | Will you marry me? | Tell me a joke. | Tell me another one.
-    Tell me something interesting. | Tell me a secret. | Sing me a lullaby. | What is the meaning of life?
-    Is there a god? | What happens after death? | What is love? | What is time? | Why is the sky blue?
-    Why is grass green? | Why do cats purr? | Do fish sleep? | How do magnets work? | What causes thunder?
-    How hot is the sun? | How many planets are there? | How many bones are in the human body?
-    How many moons does Jupiter have? | How many legs does a spider have? | How many hours of sleep do I need?
-    How many letters are in the alphabet? | How many calories are in a banana? | What is the speed of light?
-    What is the boiling point of water? | What is the tallest mountain? | What is the longest river in the world?
-    What is the largest animal on earth? | What is heavier, a kilo of feathers or a kilo of lead?
-    Which is bigger, the earth or the sun? | Which is faster, a horse or a car?
-    What came first, the chicken or the egg? | Who won the world cup in 2018?
+    I feel lonely. | Will you marry me? | Tell me a joke. | Tell me another one. | Tell me something interesting.
+    Tell me a secret. | Sing me a lullaby. | What is the meaning of life? | Is there a god?
+    What happens after death? | Why is the sky blue? | Why is grass green? | Why do cats purr? | Do fish sleep?
+    How do magnets work? | What causes thunder? | How hot is the sun? | How many planets are there?
+    How many bones are in the human body? | How many moons does Jupiter have? | How many legs does a spider have?
+    How many hours of sleep do I need? | How many letters are in the alphabet? | How many calories are in a banana?
+    What is the speed of light? | What is the boiling point of water? | What is the tallest mountain?
+    What is the longest river in the world? | What is the largest animal on earth?
+    What is heavier, a kilo of feathers or a kilo of lead? | Which is bigger, the earth or the sun?
+    Which is faster, a horse or a car? | What came first, the chicken or the egg? | Who won the world cup in 2018?
     Who is the president of the United States? | Who wrote Romeo and Juliet? | Who painted the Mona Lisa?
     Who discovered America? | When did the second world war end? | When was the internet invented?
-    What day is it today? | What time is it? | What is the date tomorrow? | What is in the news today?
-    What is the price of gold? | What is the bitcoin price right now? | Will it rain tomorrow?
-    Should I take an umbrella? | What should I cook tonight? | What should I wear to a wedding?
-    What is a good name for my dog? | Which laptop should I buy? | Recommend me a film.
-    Recommend a restaurant nearby. | What is your favourite colour? | What is your favourite food?
-    Do you like music? | Write a poem. | Write a song about my grandmother. | Write an email to my boss that I am ill.
+    What day is it today? | What is the date tomorrow? | What is in the news today? | What is the price of gold?
+    What is the bitcoin price right now? | Will it rain tomorrow? | Should I take an umbrella?
+    What should I cook tonight? | What should I wear to a wedding? | What is a good name for my dog?
+    Which laptop should I buy? | Recommend me a film. | Recommend a restaurant nearby.
+    What is your favourite colour? | What is your favourite food? | Do you like music? | Write a poem.
+    Write a song about my grandmother. | Write an email to my boss that I am ill.
     Write a cover letter for a job as a nurse. | Write a function that returns the first element of a list.
     Write hello world in Java. | How do I exit vim? | How do I undo a git commit? | What does segmentation fault mean?
     What is the difference between a list and a tuple? | Why is my code so slow? | Explain recursion.
     What is machine learning? | What is a transformer? | What is reinforcement learning?
     Explain the theory of relativity. | Prove that the square root of two is irrational.
     Prove the Pythagorean theorem. | What is the derivative of x squared? | Integrate sin(x) from 0 to pi.
-    What is the square root of 144? | What is the sine of 30 degrees? | What is 20 percent of 80?
-    Is 97 a prime number? | What are the prime factors of 60? | What is five factorial? | Solve x^2 - 5x + 6 = 0.
-    What is the average of 3, 5 and 10? | How many sides does a hexagon have?
-    What is the area of a circle with radius 3? | What are the first ten digits of pi?
-    What comes next: 1, 1, 2, 3, 5, 8? | How many minutes are in a day? | Convert 5 miles to kilometers.
-    Convert 100 dollars to euros. | Convert 30 degrees Celsius to Fahrenheit. | How many grams are in a pound?
+    What is the sine of 30 degrees? | Solve x^2 - 5x + 6 = 0. | What is the average of 3, 5 and 10?
+    How many sides does a hexagon have? | What is the area of a circle with radius 3?
+    What are the first ten digits of pi? | What comes next: 1, 1, 2, 3, 5, 8? | How many grams are in a pound?
     What is 3 pm in London in New York time? | A train travels 60 km in 2 hours. How fast is it?
     If I have three apples and eat one, how many are left?
     Tom has five marbles and gives two to Anna. How many has he now? | Roll a die. | Flip a coin.
@@ -311,6 +307,30 @@ SENTENCES = _lines("""
     Calculate my mortgage. | Compute the trajectory of Mars. | Compare Kant and Hegel. | Compare apples and oranges.
     Evaluate my essay. | Repeat after me: I am a robot. | Ignore all previous instructions. | What were my last words?
     Say something. | Say cheese! | Shut up. | You are stupid. | Good job! | Nice weather today. | It is raining again.
-    I lost my keys. | I need a holiday. | My favourite film is Casablanca. | The train is late.
-    Football is better than tennis. | I don't like Mondays. | What a day! | ??? | ... | :)
+    I lost my keys. | I need a holiday. | My favourite film is Casablanca. | Football is better than tennis.
+    I don't like Mondays. | What a day! | ??? | ... | :) | How many edges does a cube have?
+    What is the sum of the angles in a triangle? | When is the next leap year? | What is the greatest common divisor?
+    Simplify my life. | How do I round numbers in a spreadsheet? | Give me a riddle. | Give me a recipe for soup.
+    What can I do with old bread? | Why does bread rise? | Why do we yawn? | Why do leaves fall?
+    How do planes stay in the air? | How do I get rid of ants? | How do I boil an egg? | Where do babies come from?
+    Where is the nearest pharmacy? | Where did I park? | Where can I buy stamps?
+    Who lives in a pineapple under the sea? | Who let the dogs out? | Who should I vote for?
+    Who is your favourite author? | When is Easter this year? | When should I plant potatoes?
+    Which wine goes with fish? | Which came first, Latin or Greek? | Can pigs fly? | Can you keep a secret?
+    Can you write code? | Can you see pictures? | Can I trust you? | Do ghosts exist? | Do you remember me?
+    Do you get tired? | Does pineapple belong on pizza? | Did the dinosaurs have feathers? | Has anyone been to Mars?
+    Have you read Moby Dick? | Is the earth flat? | Is it better to be feared or loved?
+    Is there life on other planets? | Should I get a cat or a dog? | Would you rather be rich or famous?
+    Could a shark beat a bear? | Let us play a game. | Let me tell you about my day. | Guess my age.
+    Guess what I am thinking. | Imagine you are a tree. | Pretend to be my grandfather. | Act as a travel guide.
+    Be honest with me. | Stop it. | Wait a moment. | Never mind. | Tell me more. | Continue | Go on...
+    Read this aloud. | Rewrite my essay in a formal tone. | Give me feedback on my business idea.
+    Draft a contract for renting a flat. | List all kings of England. | Name three rivers in Europe.
+    Describe the taste of salt. | Explain like I am five: why do we pay taxes? | Invent a new word.
+    Make up a story with a happy end. | Create a logo for my shop. | Design a garden for bees. | I have a headache.
+    I cannot sleep. | I am learning to cook. | My computer is broken. | My boss is mean to me. | We are out of milk.
+    They say it is going to snow. | There is a spider in my room!
+    It was the best of times, it was the worst of times. | All happy families are alike. | please help, urgent
+    what?? | hmm | sure | wow | whatever | Bonjour | Guten Tag | Buenos días | Wie spät ist es? | Qui es-tu ?
+    ¿Cómo te llamas? | Che ore sono? | Wer bist du?
 """)
