@@ -1,0 +1,121 @@
+"""Planted bugs of the weights room."""
+
+from mutations import Mutation
+
+LAYOUT, STORE, READER, WRITER = "weights/layout.py", "weights/store.py", "weights/reader.py", "weights/writer.py"
+TEST_FOLDER, TEST_ERRORS = "test_weights_folder.py", "test_weights_errors.py"
+
+MUTATIONS = [
+    Mutation(
+        LAYOUT,
+        '("gate", "up")',
+        '("up", "gate")',
+        [f"{TEST_FOLDER}::test_gate_and_up_are_not_exchanged", f"{TEST_FOLDER}::test_what_we_write_transformers_reads"],
+        "gate and up are exchanged on disk, which a round trip cannot see",
+    ),
+    Mutation(
+        LAYOUT,
+        '"shared_head.norm."',
+        '"norm."',
+        [f"{TEST_FOLDER}::test_names_and_shapes_on_disk_are_the_originals"],
+        "the MTP norm has a name nobody knows",
+    ),
+    Mutation(
+        LAYOUT,
+        'yield f"model.layers.{layer}.shared_head.head.weight", head',
+        "pass",
+        [f"{TEST_FOLDER}::test_the_mtp_layer_repeats_embedding_and_head"],
+        "the MTP layer lacks the head that other loaders read",
+    ),
+    Mutation(
+        STORE,
+        'metadata={"format": "pt"}',
+        "metadata=None",
+        [f"{TEST_FOLDER}::test_the_folder_is_complete"],
+        "transformers refuses the file",
+    ),
+    Mutation(
+        STORE,
+        "if shards[-1] and size + tensor.nbytes > limit:",
+        "if shards[-1] and size > limit:",
+        [f"{TEST_FOLDER}::test_shards_stay_below_the_limit_and_are_indexed"],
+        "shards grow past the limit",
+    ),
+    Mutation(
+        STORE,
+        "if Path(str(file)).name != file:",
+        "if not isinstance(file, str):",
+        [f"{TEST_ERRORS}::test_an_index_may_name_files_of_its_folder_only"],
+        "an index reads files anywhere",
+    ),
+    Mutation(
+        STORE,
+        "if name not in held[file]:",
+        "if False:",
+        [f"{TEST_ERRORS}::test_an_index_that_misplaces_a_tensor"],
+        "a wrong index is a crash in the middle of loading",
+    ),
+    Mutation(
+        READER,
+        "if (shape := checkpoint.shape(disk)) != wanted:",
+        "if len(shape := checkpoint.shape(disk)) != len(wanted):",
+        [f"{TEST_ERRORS}::test_a_wrong_shape_is_named_with_both_shapes"],
+        "a wrong shape is a crash, or silently broadcast",
+    ),
+    Mutation(
+        READER,
+        "if missing := expected.keys() - names:",
+        "if missing := set():",
+        [f"{TEST_ERRORS}::test_a_missing_tensor_is_named"],
+        "a missing tensor is not named",
+    ),
+    Mutation(
+        READER,
+        "torch.float32 if isinstance(module, Router) else dtype",
+        "dtype",
+        [f"{TEST_FOLDER}::test_auto_keeps_the_checkpoints_dtype"],
+        "the router's weight becomes bf16",
+    ),
+    Mutation(
+        READER,
+        "if id(parameter) not in made:",
+        "if True:",
+        [f"{TEST_FOLDER}::test_a_loaded_model_is_ready"],
+        "a tied head comes apart on loading",
+    ),
+    Mutation(
+        READER,
+        "num_nextn_predict_layers=0)",
+        "num_nextn_predict_layers=1)",
+        [f"{TEST_FOLDER}::test_what_transformers_writes_we_read"],
+        "files without their announced MTP layer are refused",
+    ),
+    Mutation(
+        READER,
+        "return model.eval()",
+        "return model",
+        [f"{TEST_FOLDER}::test_a_loaded_model_is_ready"],
+        "a loaded model counts load and keeps balance losses",
+    ),
+    Mutation(
+        WRITER,
+        "dataclasses.replace(config, rope_scaling=config.active_scaling)",
+        "config",
+        [f"{TEST_FOLDER}::test_what_we_write_transformers_reads"],
+        "other readers apply a YaRN that the model does not",
+    ),
+    Mutation(
+        WRITER,
+        '"model*.safetensors", store.INDEX',
+        '"model.safetensors"',
+        [f"{TEST_FOLDER}::test_saving_again_replaces_what_was_and_keeps_the_rest"],
+        "shards and index of the old model stay",
+    ),
+    Mutation(
+        WRITER,
+        "patterns(folder, names) if Path(folder) == target else set()",
+        "patterns(folder, names)",
+        [f"{TEST_FOLDER}::test_saving_again_replaces_what_was_and_keeps_the_rest"],
+        "files in subfolders of a model are lost",
+    ),
+]
