@@ -273,14 +273,14 @@ def _print_json(value: object) -> None:
 def _plain(value: object) -> str:
     """A fact as a person reads it."""
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "unknown"}[value]
+        return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, int):
         return f"{value:,}"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _bytes(value: int | None) -> str:
-    return "unlimited or unknown" if value is None else f"{value / 2**30:,.1f} GiB"
+    return "–" if value is None else f"{value / 2**30:,.1f} GiB"
 
 
 def main() -> None:

@@ -118,7 +118,8 @@ def _turn(
         completion = speak(_heard(reply(messages, think), said))
         if completion.finish_reason == "length":
             used = completion.prompt_tokens + len(completion.token_ids)
-            note(f"The answer was cut off: the conversation has {used} of {context} tokens. /clear starts anew.")
+            full = f"the model's context of {context} tokens is full; /clear starts anew"
+            note(f"The answer was cut off: {full if used >= context else '--max-tokens is reached'}.")
     except KeyboardInterrupt:
         note("Stopped.")
     except UserError as error:

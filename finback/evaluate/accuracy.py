@@ -24,7 +24,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     share, z2 = successes / n, _Z * _Z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends are exact: rounding must not leave 3e-17 of them.
+    return centre - half if successes else 0.0, centre + half if successes < n else 1.0
 
 
 def evaluate(
