@@ -111,7 +111,16 @@ def test_the_newer_form_means_the_same(scaling):
         ({"num_experts_per_tok": 129}, "129"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim"),
-        ({"hidden_size": "large"}, "config.json"),
+        ({"hidden_size": "large"}, "hidden_size"),
+        ({"kv_lora_rank": "512"}, "kv_lora_rank"),
+        ({"v_head_dim": 12.5}, "v_head_dim"),
+        ({"q_lora_rank": 0}, "q_lora_rank"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": "40", "original_max_position_embeddings": 4096}}, "factor"),
+        ({"rope_parameters": [1], "rope_scaling": None}, "rope_scaling"),
     ],
 )
 def test_another_architecture_is_one_clear_line(change, named):

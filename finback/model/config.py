@@ -17,9 +17,14 @@ class RopeScaling:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_types(self, "rope_scaling.")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RopeScaling | None":
         """Read `rope_scaling` (`type`) or the newer `rope_parameters` (`rope_type`); None where nothing is scaled."""
+        if not isinstance(values, dict):
+            raise UserError(f"config.json: rope_scaling = {values!r}; it must be null or an object such as {_YARN}")
         kind = values.get("rope_type", values.get("type", "default"))
         if kind == "default":
             return None
@@ -69,8 +74,9 @@ class Config:
     eos_token_id: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok"):
-            if getattr(self, name) < 1:
+        _check_types(self)
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} = {getattr(self, name)}; it must be at least 1")
         if self.qk_rope_head_dim % 2:
             raise UserError(f"config.json: qk_rope_head_dim = {self.qk_rope_head_dim}; it must be even (pairs turn)")
@@ -120,13 +126,13 @@ class Config:
                 raise UserError(f"config.json: {key} = {values[key]!r} is not supported; allowed: {allowed[0]!r}")
         values = {key: value for key, value in values.items() if value is not None or key == "q_lora_rank"}
         rope = values.get("rope_parameters") or {}
-        scaling = values.get("rope_scaling") or rope
+        scaling = RopeScaling.from_dict(values.get("rope_scaling") or rope)
         known = {f.name for f in fields(cls)}
         kept = {key: value for key, value in values.items() if key in known and key != "rope_scaling"}
         if "rope_theta" in rope:
             kept["rope_theta"] = rope["rope_theta"]
         try:
-            return cls(**kept, rope_scaling=RopeScaling.from_dict(scaling))
+            return cls(**kept, rope_scaling=scaling)
         except TypeError as error:
             raise UserError(f"config.json: {error}") from error
 
@@ -144,6 +150,23 @@ class Config:
         }
 
 
+def _check_types(values: "Config | RopeScaling", prefix: str = "") -> None:
+    """Raise UserError for a field below 0 or not of its declared type (a whole number may stand for a float)."""
+    for field in fields(values):
+        value = getattr(values, field.name)
+        allowed: Any = int | float if field.type is float else field.type
+        if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
+            wanted = getattr(field.type, "__name__", str(field.type))
+            raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must be {wanted}")
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must not be negative")
+
+
+_YARN = '{"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}'
+_AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_experts_per_tok", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+)
 # What this architecture fixes: the first value is written, any of them is read.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("deepseek_v3",),
