@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny, tiny_model, tokens, twin
 
 import finback
+from finback.errors import UserError
 from finback.model import RopeScaling
 from finback.text.tokenizer import Tokenizer
 from finback.weights import load, load_tokenizer, save
@@ -182,17 +183,15 @@ def test_saving_again_replaces_what_was_and_keeps_the_rest(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_failed_save_leaves_the_old_model(tmp_path):
-    class Broken:
-        bos_id, eos_id = 0, 1
-
-        def save(self, folder):
-            raise OSError("No space left on device")
+def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     model = tiny_model(tiny())
     save(model, None, tmp_path / "m")
-    with pytest.raises(OSError, match="No space"):
-        save(tiny_model(tiny(), seed=5), Broken(), tmp_path / "m")
+    monkeypatch.setattr(finback.weights.store, "save_file", full)
+    with pytest.raises(UserError, match="No space"):
+        save(tiny_model(tiny(), seed=5), None, tmp_path / "m")
     same(model, load(tmp_path / "m"))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

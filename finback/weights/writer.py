@@ -8,6 +8,8 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from finback.errors import UserError
 from finback.model.config import Config
 from finback.model.decoder import Model
@@ -21,22 +23,25 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, shard_li
 
     Tensors keep their dtype; shards stay below `shard_limit` bytes. The folder appears whole or not at all. An existing
     model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises UserError when `folder` holds
-    something that is not a model.
+    something that is not a model, or the disk is full.
     """
     target = Path(folder).expanduser().resolve()
     if Path.cwd().is_relative_to(target) or (target.exists() and not _replaceable(target)):
         raise UserError(f"{target}: not an empty folder or a model folder; save into a folder of its own")
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
-    with atomic_folder(target) as temporary:
-        if target.is_dir():
-            shutil.copytree(target, temporary, ignore=_written(target), symlinks=True, dirs_exist_ok=True)
-        store.write(temporary, [*layout.tensors(model), *layout.copies(model)], shard_limit)
-        _write_json(temporary / "config.json", _settings(model.config, dtype))
-        _write_json(temporary / "generation_config.json", _generation_config(model.config, tokenizer))
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        for file in temporary.iterdir():
-            _flush(file)
+    try:
+        with atomic_folder(target) as temporary:
+            if target.is_dir():
+                shutil.copytree(target, temporary, ignore=_written(target), symlinks=True, dirs_exist_ok=True)
+            store.write(temporary, [*layout.tensors(model), *layout.copies(model)], shard_limit)
+            _write_json(temporary / "config.json", _settings(model.config, dtype))
+            _write_json(temporary / "generation_config.json", _generation_config(model.config, tokenizer))
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            for file in temporary.iterdir():
+                _flush(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: the model could not be written ({error}); what was there is unchanged") from None
 
 
 def _settings(config: Config, dtype: str) -> dict[str, Any]:
