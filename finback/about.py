@@ -9,6 +9,7 @@ from finback.paths import model_folder
 from finback.weights.store import read_json
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SMALL = 2**30
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -50,6 +51,12 @@ def describe(model: str) -> dict[str, Any]:
         "context": config.max_position_embeddings,
         "yarn": None if scaled is None else f"x{scaled.factor:g} from {scaled.original_max_position_embeddings:,}",
     }
+
+
+def default_dtype(model: str) -> str:
+    """The precision to run in: float32 where that is at most 1 GiB (on CPUs also the faster), else the checkpoint's."""
+    count = sizes(Config.from_dict(read_json(model_folder(model) / "config.json")))
+    return "float32" if 4 * (count.total + count.mtp) <= _SMALL else "auto"
 
 
 def sampling_defaults(model: str) -> dict[str, Any]:

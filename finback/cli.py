@@ -52,6 +52,12 @@ MaxTokens = Annotated[
     int | None, typer.Option(help="New tokens at most, thinking included. [default: the context's rest]")
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the model's generation_config.json]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or auto, the checkpoint's. [default: float32 up to 1 GiB of weights, else auto]"
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Difficulty = Annotated[int | None, typer.Option(help="1 is easiest. [default: the task's own]")]
@@ -77,6 +83,7 @@ def ask(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Ask one question. The answer goes to stdout, the thinking to stderr.
@@ -86,7 +93,7 @@ def ask(
     text = sys.stdin.read().strip() if question == "-" else question
     if not text.strip():
         raise UserError("the question is empty; give it as text, or as - and send it to standard input")
-    engine, sampling = _open(model, max_tokens, temperature, seed)
+    engine, sampling = _open(model, max_tokens, temperature, seed, dtype)
     messages: list[Message] = [{"role": "user", "content": text}]
     stream = engine.stream(messages, sampling, think=think)
     if not json:
@@ -114,12 +121,13 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
+    dtype: Dtype = None,
 ) -> None:
     """Talk with a model. Standard input may be a pipe: each line is one turn.
 
     Example: finback chat --no-think
     """
-    engine, sampling = _open(model, max_tokens, temperature, seed)
+    engine, sampling = _open(model, max_tokens, temperature, seed, dtype)
     if sys.stdin.isatty():
         terminal.note(f"{model}, offline. /help lists the commands; Ctrl-D leaves.")
     terminal.converse(
@@ -199,6 +207,7 @@ def evaluate(
     think: Think = True,
     max_tokens: MaxTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
+    dtype: Dtype = None,
     out: Annotated[Path | None, typer.Option(help="Write every problem and reply there, JSON lines.")] = None,
     json: Json = False,
 ) -> None:
@@ -206,10 +215,11 @@ def evaluate(
 
     Example: finback eval --task countdown --task equations --n 100
     """
+    from finback.about import default_dtype
     from finback.evaluate import evaluate as measure
 
     options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
-    result = measure(model, task, n, seed, records=out, **options)
+    result = measure(model, task, n, seed, dtype=dtype or default_dtype(model), records=out, **options)
     if json:
         _print_json(result)
         return
@@ -253,9 +263,11 @@ def doctor(json: Json = False) -> None:
         terminal.note(f"• {line}")
 
 
-def _open(model: str, max_tokens: int | None, temperature: float | None, seed: int) -> "tuple[Engine, Sampling]":
+def _open(
+    model: str, max_tokens: int | None, temperature: float | None, seed: int, dtype: str | None
+) -> "tuple[Engine, Sampling]":
     """An engine for one conversation, and how it samples."""
-    from finback.about import sampling_defaults
+    from finback.about import default_dtype, sampling_defaults
     from finback.engine import Engine, Sampling
     from finback.weights import load, load_tokenizer
 
@@ -263,7 +275,7 @@ def _open(model: str, max_tokens: int | None, temperature: float | None, seed: i
     if temperature is not None:
         settings["temperature"] = temperature
     sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
-    return Engine(load(model), load_tokenizer(model), max_batch=1), sampling
+    return Engine(load(model, dtype or default_dtype(model)), load_tokenizer(model), max_batch=1), sampling
 
 
 def _print_json(value: object) -> None:

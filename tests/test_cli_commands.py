@@ -204,6 +204,25 @@ def test_show_reads_what_save_wrote(finback, homes):
     assert facts["cache_bytes_per_token"] == 4 * 3 * (14 + 8)
 
 
+def test_small_models_run_in_float32_and_large_ones_as_they_are(tmp_path):
+    from finback.about import default_dtype
+    from finback.model import Config
+
+    for config, dtype in ((tiny(), "float32"), (Config(num_hidden_layers=4), "auto")):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"torch_dtype": "bfloat16"}))
+        assert default_dtype(str(tmp_path)) == dtype
+
+
+def test_dtype_chooses_the_precision(finback):
+    answers = [
+        asked(finback, "Why?", "--model", "greedy", *flags)
+        for flags in ([], ["--dtype", "auto"], ["--dtype", "bfloat16"])
+    ]
+    assert answers[0] == answers[1] != answers[2]
+    result = finback("ask", "Why?", "--model", "greedy", "--dtype", "int3")
+    assert result.exit_code == 2 and "int3" in result.stderr
+
+
 def test_doctor_knows_this_machine_and_its_models(finback):
     import os
 

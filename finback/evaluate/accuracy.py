@@ -39,11 +39,13 @@ def evaluate(
     think: bool = True,
     max_tokens: int | None = None,
     batch: int = 64,
+    dtype: str = "auto",
     records: Path | None = None,
 ) -> dict[str, Any]:
     """Greedy pass@1 on `n` held-out problems of each task (None: all), the same problems for the same seed.
 
-    `model`: a name or folder, loaded here with `batch` rows, or an engine (then `name` is what the result calls it).
+    `model`: a name or folder, loaded here as `dtype` with `batch` rows, or an engine (then `name` is what the result
+    calls it).
     Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals; `records`
     gets one JSON line a problem. Raises UserError for an unknown task, n < 1, or a model without a tokenizer.
     """
@@ -53,7 +55,7 @@ def evaluate(
     if isinstance(model, Engine):
         engine, label = model, name or "model"
     else:
-        engine, label = Engine(load(model), load_tokenizer(model), max_batch=batch), name or model
+        engine, label = Engine(load(model, dtype), load_tokenizer(model), max_batch=batch), name or model
     problems = [problem for task in names for problem in sample(task, seed, n, split="held_out", difficulty=difficulty)]
     graded = _grade(engine, problems, think, max_tokens)
     if records is not None:
