@@ -149,6 +149,16 @@ def test_rows_are_taken_in_order_and_freed_at_once():
     assert engine.model.decoder.passes[:2] == [(2, 1), (2, 1)]
 
 
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=7))
+def test_rows_that_finish_together_all_leave_and_the_others_stay(lengths):
+    engine = Engine(ScriptedModel([5]), max_batch=5)
+    requests = [engine.submit([7], Sampling(temperature=0, max_tokens=n)) for n in lengths]
+    for _ in range(sum(lengths)):
+        engine.step()
+    assert [len(request.choices) for request in requests] == lengths
+    assert all(request.done for request in requests) and not engine.busy
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_cancel_frees_the_row_and_harms_no_other(steps):
     model = tiny_model(tiny())
@@ -242,7 +252,7 @@ def test_options_that_do_not_fit_are_refused():
 
 def test_routing_is_recorded_per_request_and_can_be_replayed():
     model = tiny_model(tiny())
-    prompts = [tokens(n, seed=n).tolist() for n in (3, 8)]
+    prompts = [tokens(n, seed=n).tolist() for n in (8, 3, 5)]
     plain, recorded = (
         sorted(
             Engine(model).generate(prompts, Sampling(max_tokens=5, ignore_eos=True), routing=r), key=lambda c: c.index
