@@ -13,8 +13,14 @@ from finback.engine import Completion, Engine
 from finback.errors import UserError
 from finback.evaluate import evaluate, wilson
 from finback.tasks import TASKS, sample
+from finback.text import prompt_ids
 
 Z = 1.959963984540054
+
+
+def prompt(problem, think: bool) -> tuple[int, ...]:
+    """The question as a chat begins with it."""
+    return tuple(prompt_ids(trained(), [{"role": "user", "content": problem.question}], think))
 
 
 class Oracle(Engine):
@@ -22,14 +28,15 @@ class Oracle(Engine):
 
     def __init__(self, problems, wrong=()):
         super().__init__(tiny_model(tiny(vocab_size=trained().vocab_size)), trained())
-        self.answers = {p.question: "no idea" if i in wrong else p.answer for i, p in enumerate(problems)}
+        self.answers = {prompt(p, True): "no idea" if i in wrong else p.answer for i, p in enumerate(problems)}
+        self.answers |= {prompt(p, False): "no idea" for p in problems}
         self.asked = []
 
     def generate(self, prompts, sampling=None, *, think=True, routing=False):
-        assert sampling.temperature == 0
-        self.asked = [(prompt, think) for prompt in prompts]
+        assert all(each.temperature == 0 for each in sampling)
+        self.asked = [tuple(ids) for ids in prompts]
         for index in reversed(range(len(prompts))):  # they finish in any order
-            text = self.answers[prompts[index][-1]["content"]]
+            text = self.answers[tuple(prompts[index])]
             yield Completion(index, text, "hm", [1, 2], [0.0, 0.0], "stop", 5)
 
 
@@ -53,8 +60,7 @@ def test_wilson_known_values():
 
 def test_scores_count_right_answers_per_task():
     problems = [p for task in ("letters", "sorting") for p in sample(task, 3, 8)]
-    questions = {p.question for p in problems}
-    assert len(questions) == 16, "the oracle answers by question"
+    assert len({p.question for p in problems}) == 16, "the oracle answers by question"
     result = evaluate(Oracle(problems, wrong=(0, 1, 9)), ["letters", "sorting"], n=8, seed=3, name="oracle")
     assert result["model"] == "oracle" and result["seed"] == 3
     for task, right in (("letters", 6), ("sorting", 7)):
@@ -68,7 +74,7 @@ def test_problems_are_held_out_asked_as_a_user_asks_and_fixed_by_the_seed():
     problems = list(sample("decimals", 11, 5, difficulty=2))
     oracle = Oracle(problems)
     evaluate(oracle, ["decimals"], n=5, seed=11, difficulty=2, think=False)
-    assert oracle.asked == [([{"role": "user", "content": p.question}], False) for p in problems]
+    assert oracle.asked == [prompt(p, False) for p in problems]
 
 
 def test_records_are_in_the_order_of_the_problems(tmp_path):
@@ -89,7 +95,17 @@ def test_every_task_is_the_default_and_a_real_engine_runs_them():
     assert first == second
 
 
+def test_max_tokens_gives_way_to_the_context(tmp_path):
+    """A recipe may allow as many tokens as the whole context; what remains of it is used."""
+    model = tiny_model(tiny(vocab_size=trained().vocab_size, max_position_embeddings=150))
+    evaluate(Engine(model, trained()), ["letters"], n=3, max_tokens=150, records=tmp_path / "r")
+    lengths = [json.loads(line)["completion_tokens"] for line in (tmp_path / "r").read_text().splitlines()]
+    assert 0 < max(lengths) <= 150
+
+
 def test_mistakes_are_named():
+    with pytest.raises(UserError, match="no tokenizer"):
+        evaluate(Engine(tiny_model(tiny())), ["letters"], n=1)
     with pytest.raises(UserError, match="nothing"):
         evaluate(Oracle([]), ["nothing"], n=1)
     with pytest.raises(UserError, match="n is 0"):

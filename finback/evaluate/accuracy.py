@@ -11,7 +11,7 @@ from finback.errors import UserError
 from finback.paths import atomic_file
 from finback.progress import bar
 from finback.tasks import TASKS, Problem, sample, verify
-from finback.text import Message
+from finback.text import prompt_ids
 from finback.weights import load, load_tokenizer
 
 _Z = 1.959963984540054  # the standard normal's 97.5th percentile
@@ -45,18 +45,18 @@ def evaluate(
     """Greedy pass@1 on `n` held-out problems of each task (None: all), the same problems for the same seed.
 
     `model`: a name or folder, loaded here as `dtype` with `batch` rows, or an engine (then `name` is what the result
-    calls it).
+    calls it). `max_tokens`: at most so many new tokens, as far as the context has room (None: all of it).
     Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals; `records`
     gets one JSON line a problem. Raises UserError for an unknown task, n < 1, or a model without a tokenizer.
     """
     names = list(dict.fromkeys(tasks or TASKS))
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")
+    problems = [problem for task in names for problem in sample(task, seed, n, split="held_out", difficulty=difficulty)]
     if isinstance(model, Engine):
         engine, label = model, name or "model"
     else:
         engine, label = Engine(load(model, dtype), load_tokenizer(model), max_batch=batch), name or model
-    problems = [problem for task in names for problem in sample(task, seed, n, split="held_out", difficulty=difficulty)]
     graded = _grade(engine, problems, think, max_tokens)
     if records is not None:
         _write(records, graded)
@@ -69,11 +69,16 @@ def evaluate(
 
 def _grade(engine: Engine, problems: Sequence[Problem], think: bool, max_tokens: int | None) -> list[Graded]:
     """Every problem with the model's completion and whether it is right, in the order given."""
-    prompts: list[list[Message]] = [[{"role": "user", "content": problem.question}] for problem in problems]
+    if engine.tokenizer is None:
+        raise UserError("the engine to evaluate has no tokenizer; give Engine(model, tokenizer)")
+    prompts = [prompt_ids(engine.tokenizer, [{"role": "user", "content": p.question}], think) for p in problems]
+    rooms = [max(1, engine.context - len(prompt)) for prompt in prompts]
+    limits = [room if max_tokens is None else min(room, max_tokens) for room in rooms]
+    sampling = [Sampling(temperature=0, max_tokens=limit) for limit in limits]
     graded: list[Graded | None] = [None] * len(problems)
     right = 0
     with bar(len(problems), "problems") as progress:
-        for completion in engine.generate(prompts, Sampling(temperature=0, max_tokens=max_tokens), think=think):
+        for completion in engine.generate(prompts, sampling):
             problem = problems[completion.index]
             correct = verify(problem, completion.text)
             graded[completion.index] = (problem, completion, correct)
