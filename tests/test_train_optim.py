@@ -1,6 +1,7 @@
 """AdamW and Muon: each matrix is treated as torch.optim.Muon treats it alone; the learning rate follows its course."""
 
 import math
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_muon_equals_torchs_muon_on_every_matrix_alone():
     theirs = {name: [torch.nn.Parameter(m) for m in separate(name, p.detach())] for name, p in ours.items()}
     settings = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1}
     muon = Muon(ours.items(), **settings)
-    reference = torch.optim.Muon(sum(theirs.values(), []), adjust_lr_fn="match_rms_adamw", **settings)
+    reference = torch.optim.Muon(chain(*theirs.values()), adjust_lr_fn="match_rms_adamw", **settings)
     for _ in range(4):
         for name, parameter in ours.items():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -83,7 +84,9 @@ def test_matrices_of_gate_up_are_gate_and_up_of_each_expert():
 
 def muon_names(optimizers: Optimizers, model) -> set[str]:
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[p] for opt, _ in optimizers._all if isinstance(opt, Muon) for g in opt.param_groups for p in g["params"]}
+    return {
+        names[p] for opt, _ in optimizers._all if isinstance(opt, Muon) for g in opt.param_groups for p in g["params"]
+    }
 
 
 def test_muon_takes_hidden_matrices_and_experts_and_nothing_else():
@@ -179,5 +182,5 @@ def test_the_rate_rises_then_never_rises_and_ends_at_its_final_share(steps, warm
     rates = [learning_rate(settings, step, steps) for step in range(steps)]
     assert rates[:warmup] == [(n + 1) / warmup for n in range(warmup)]
     rest = rates[warmup:]
-    assert all(before >= after - 1e-12 for before, after in zip(rest, rest[1:], strict=False))
+    assert all(before >= after - 1e-12 for before, after in pairwise(rest))
     assert rest[-1] == pytest.approx(1.0 if decay == "constant" else final, abs=1e-9)

@@ -73,7 +73,7 @@ def test_a_recipe_without_a_stage_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere.toml"):
+    with pytest.raises(UserError, match=r"nowhere\.toml"):
         recipe.load(tmp_path / "nowhere.toml")
 
 
@@ -82,7 +82,7 @@ def test_a_loaded_model_keeps_its_configuration_and_its_tokenizer(tmp_path):
     path = tmp_path / "x.toml"
     path.write_text('[model]\nfrom = "calf"\n' + stages)
     assert recipe.load(path).model_source == "calf"
-    with pytest.raises(UserError, match="model.hidden_size"):
+    with pytest.raises(UserError, match=r"model\.hidden_size"):
         recipe.load(path, ["model.hidden_size=64"])
     with pytest.raises(UserError, match="tokenizer"):
         recipe.load(path, ["tokenizer.texts=64"])
@@ -131,7 +131,9 @@ def test_changed_keys_are_named_with_both_values(tmp_path):
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

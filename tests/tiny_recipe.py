@@ -1,6 +1,7 @@
 """A recipe of a second, for the tests of training."""
 
 from pathlib import Path
+from typing import Any
 
 from finback.train import recipe
 
@@ -67,6 +68,12 @@ def write(folder: Path, old: str = "", new: str = "") -> Path:
     path = folder / "tiny.toml"
     path.write_text(TOML.replace(old, new, 1) if old else TOML)
     return path
+
+
+def stage(**changes: Any) -> recipe.Stage:
+    """One stage by itself."""
+    values = {"name": "s", "kind": "sft", "steps": 1, "batch": 1, "sequence": 8, "tasks": {"sorting": 1.0}}
+    return recipe.Stage.model_validate(values | {"optimizer": {"lr": 1.0}} | changes)
 
 
 def load(folder: Path, *overrides: str) -> recipe.Recipe:

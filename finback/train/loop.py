@@ -136,7 +136,9 @@ class Trainer:
     def _evaluate(self, stage: Stage) -> None:
         """Greedy pass@1 on a few held-out problems of the stage's tasks, into the log."""
         engine = Engine(self.model.eval(), self.tokenizer)
-        scores = evaluate(engine, list(stage.tasks), stage.eval_n, self.recipe.seed)["tasks"]
+        longest = max(stage.sequence for stage in self.recipe.stages)  # a model may not have learned to stop
+        names = [name for name, weight in stage.tasks.items() if weight > 0]
+        scores = evaluate(engine, names, stage.eval_n, self.recipe.seed, max_tokens=longest)["tasks"]
         self.model.train()
         line = {"step": self.totals.step, "stage": stage.name, "eval": {k: v["pass@1"] for k, v in scores.items()}}
         run.write_log(self.folder / "log.jsonl", line)

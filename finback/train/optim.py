@@ -122,9 +122,14 @@ class Optimizers:
         self._parameters = list(self._names)
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to the norm `clip` (0: never); returns their norm before."""
-        limit = self._settings.clip or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        """Scale the gradients down to the norm `clip` (0: never); returns their norm before.
+
+        Where the norm is not finite they stay as they are, so that the guard can see which one is to blame.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._settings.clip and torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.clip, norm)
+        return norm
 
     def step(self, share: float) -> None:
         """One update with `share` of every learning rate; gradients are gone afterwards."""
