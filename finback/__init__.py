@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finback.engine import Completion, Engine, Sampling
     from finback.errors import UserError
-    from finback.weights import load, save
+    from finback.weights import load, load_tokenizer, save
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Engine", "Sampling", "UserError", "__version__", "load", "save"]
+__all__ = ["Completion", "Engine", "Sampling", "UserError", "__version__", "load", "load_tokenizer", "save"]
 
 _HOMES = {
     "load": "finback.weights",
+    "load_tokenizer": "finback.weights",
     "save": "finback.weights",
     "Engine": "finback.engine",
     "Sampling": "finback.engine",

@@ -45,7 +45,7 @@ def _bias(mask: Tensor | None, row: int, rows: slice, columns: slice, like: Tens
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        q, k, v = _heads_first(query * scale), _heads_first(key), _heads_first(value)
+        q, k, v = _heads_first(query), _heads_first(key), _heads_first(value)
         blocks = _blocks(q.shape[2], k.shape[2], mask)
         keep = any(ctx.needs_input_grad)
         out = value.new_empty(*query.shape[:3], value.shape[3])
@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
         for b in range(len(q)):
             for i, (rows, columns) in enumerate(blocks):
                 bias = causal[i] if causal else _bias(mask, b, rows, columns, q)
-                scores = torch.baddbmm(bias, q[b, :, rows], k[b, :, columns].transpose(1, 2))
+                scores = torch.baddbmm(bias, q[b, :, rows], k[b, :, columns].transpose(1, 2), alpha=scale)
                 chosen = torch.softmax(scores, -1)
                 out[b, rows] = torch.bmm(chosen, v[b, :, columns]).transpose(0, 1)
                 if keep:
@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
                 chosen, g = next(saved), grad[b, :, rows]
                 dv[b, :, columns].baddbmm_(chosen.transpose(1, 2), g)
                 ds = torch.baddbmm(delta[b, :, rows], g, v[b, :, columns].transpose(1, 2), beta=-1).mul_(chosen)
-                torch.bmm(ds, k[b, :, columns], out=dq[b, :, rows])
-                dk[b, :, columns].baddbmm_(ds.transpose(1, 2), q[b, :, rows])
-        back = [x.transpose(1, 2) for x in (dq.mul_(ctx.scale), dk, dv)]
+                dq[b, :, rows].baddbmm_(ds, k[b, :, columns], beta=0, alpha=ctx.scale)
+                dk[b, :, columns].baddbmm_(ds.transpose(1, 2), q[b, :, rows], alpha=ctx.scale)
+        back = [x.transpose(1, 2) for x in (dq, dk, dv)]
         return (*back, None, None)

@@ -24,16 +24,21 @@ class _CrossEntropy(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden_ND) if need else None
         d_weight = torch.zeros_like(weight_VD, dtype=wide) if need else None
         kept = (targets_N != IGNORED).nonzero().squeeze(1)
+        # Two buffers serve all chunks: memory touched for the first time costs more than this arithmetic.
+        narrow = hidden_ND.new_empty(min(chunk, len(kept)), len(weight_VD))
+        scores = torch.empty_like(narrow, dtype=wide)
         for part in kept.split(chunk):
             hidden, targets = hidden_ND[part], targets_N[part].unsqueeze(1)
-            logits = (hidden @ weight_VD.T).to(wide)
-            log_total = logits.logsumexp(-1, keepdim=True)
-            total += (log_total - logits.gather(1, targets)).sum()
+            delta, logits = narrow[: len(part)], scores[: len(part)]
+            logits.copy_(torch.mm(hidden, weight_VD.T, out=delta))
+            logits.sub_(logits.amax(-1, keepdim=True))
+            total -= logits.gather(1, targets).sum()
+            norm = logits.exp_().sum(-1, keepdim=True)
+            total += norm.log().sum()
             if d_hidden is None or d_weight is None:
                 continue
-            delta = logits.sub_(log_total).exp_()
-            delta.scatter_add_(1, targets, delta.new_full((), -1.0).expand(targets.shape))
-            delta = delta.to(hidden.dtype)
+            logits.div_(norm).scatter_add_(1, targets, logits.new_full((), -1.0).expand(targets.shape))
+            delta.copy_(logits)
             d_hidden[part] = delta @ weight_VD
             d_weight += delta.T @ hidden
         ctx.save_for_backward(d_hidden, d_weight)
