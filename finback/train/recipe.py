@@ -138,10 +138,14 @@ class Stage(Section):
 
 
 class Recipe(Section):
-    """A whole run. The finished model is written in `save_dtype`; training keeps float32 weights throughout."""
+    """A whole run. The finished model is written in `save_dtype`; training keeps float32 weights throughout.
+
+    `greedy`: the finished model is decoded without sampling unless a person asks for it.
+    """
 
     seed: Count = 0
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    greedy: bool = False
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
     stages: Annotated[list[Stage], Field(alias="stage", min_length=1)]

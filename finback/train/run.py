@@ -25,7 +25,7 @@ from finback.train.data import Conversations, text_of
 from finback.train.recipe import Recipe, changed_keys
 
 # Keys that change what is reported and kept, never the weights.
-_FREE = ("checkpoint_every", "log_every", "eval_every", "eval_n")
+_FREE = ("greedy", "checkpoint_every", "log_every", "eval_every", "eval_n")
 
 
 def open_folder(folder: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
@@ -83,13 +83,10 @@ def make_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
 
 def save_model(recipe: Recipe, model: Model, tokenizer: Tokenizer, folder: Path, numbers: dict[str, Any]) -> Path:
     """Write the finished model and its card to `folder`/model."""
-    if recipe.save_dtype == "bfloat16":
-        routers = {id(router.weight) for _, router in model.routers()}
-        for parameter in model.parameters():
-            if id(parameter) not in routers:  # the router works in float32
-                parameter.data = parameter.data.bfloat16()
+    for parameter in model.parameters():  # and not the correction bias, a buffer, which stays in float32
+        parameter.data = parameter.data.to(getattr(torch, recipe.save_dtype))
     target = folder / "model"
-    weights.save(model, tokenizer, target)
+    weights.save(model, tokenizer, target, greedy=recipe.greedy)
     with atomic_file(target / "MODEL_CARD.md") as path:
         path.write_text(_card(recipe, model, folder.name, numbers), encoding="utf-8")
     return target

@@ -18,12 +18,20 @@ from finback.text.tokenizer import Tokenizer
 from finback.weights import layout, store
 
 
-def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, shard_limit: int = store.SHARD_LIMIT) -> None:
+def save(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    greedy: bool = False,
+    shard_limit: int = store.SHARD_LIMIT,
+) -> None:
     """Write `model` to `folder` in the original layout, so that transformers, vLLM and llama.cpp read it too.
 
-    Tensors keep their dtype; shards stay below `shard_limit` bytes. The folder appears whole or not at all. An existing
-    model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises UserError when `folder` holds
-    something that is not a model, or the disk is full.
+    Tensors keep their dtype; shards stay below `shard_limit` bytes. `greedy`: the model is meant to be decoded without
+    sampling; otherwise its generation_config.json asks for R1's temperature 0.6 and top-p 0.95. The folder appears
+    whole or not at all. An existing model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises
+    UserError when `folder` holds something that is not a model, or the disk is full.
     """
     target = Path(folder).expanduser().resolve()
     if Path.cwd().is_relative_to(target) or (target.exists() and not _replaceable(target)):
@@ -35,7 +43,7 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, shard_li
                 shutil.copytree(target, temporary, ignore=_written(target), symlinks=True, dirs_exist_ok=True)
             store.write(temporary, [*layout.tensors(model), *layout.copies(model)], shard_limit)
             _write_json(temporary / "config.json", _settings(model.config, dtype))
-            _write_json(temporary / "generation_config.json", _generation_config(model.config, tokenizer))
+            _write_json(temporary / "generation_config.json", _generation_config(model.config, tokenizer, greedy))
             if tokenizer is not None:
                 tokenizer.save(temporary)
             for file in temporary.iterdir():
@@ -49,10 +57,11 @@ def _settings(config: Config, dtype: str) -> dict[str, Any]:
     return dataclasses.replace(config, rope_scaling=config.active_scaling).to_dict() | {"torch_dtype": dtype}
 
 
-def _generation_config(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """DeepSeek-R1's sampling defaults, with the special tokens of the tokenizer where there is one."""
+def _generation_config(config: Config, tokenizer: Tokenizer | None, greedy: bool) -> dict[str, Any]:
+    """How to decode, with the special tokens of the tokenizer where there is one."""
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (config.bos_token_id, config.eos_token_id)
-    return {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    return {"bos_token_id": bos, "eos_token_id": eos, **sampling}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -72,5 +81,6 @@ def _written(target: Path) -> Callable[[str, list[str]], Set[str]]:
 def _flush(file: Path) -> None:
     """Push a file to disk, so that the rename that follows cannot reveal an empty one after a crash."""
     if file.is_file():
+        file.chmod(0o644)  # safetensors writes for the owner alone
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
