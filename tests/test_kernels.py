@@ -65,9 +65,9 @@ def test_attention_equals_the_reference_in_float32():
     agree(dispatch.attention, reference.attention, inputs, 0.3, None, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 500])
 def test_experts_value_and_gradient(tokens: int):
-    """Empty experts included: only four of the nine are ever chosen."""
+    """Empty experts included: only four of the nine are ever chosen. From 384 tokens on groups are filled up."""
     seeds = [torch.Generator().manual_seed(i) for i in range(tokens)]
     experts = torch.stack([torch.randperm(4, generator=seed)[:3] * 2 for seed in seeds])
     inputs = [random(tokens, 6), random(9, 8, 6), random(9, 6, 4)]

@@ -100,12 +100,16 @@ def test_the_finished_model_loads_with_its_tokenizer_and_card(whole):
     assert "seed: 3" in card and "steps: 9" in card and "sha256" in card
 
 
-def test_a_model_saved_as_bfloat16_keeps_its_router_in_float32(tmp_path):
+def test_a_model_saved_as_bfloat16_routes_alike_in_every_reader(tmp_path):
+    """The router's file form is bf16, as in DeepSeek's files: a reader that casts it there changes nothing."""
     path = tiny_recipe.write(tmp_path, 'save_dtype = "float32"', 'save_dtype = "bfloat16"')
     folder = train(path, ["stage.0.steps=3", "stage.1.steps=1", "stage.0.log_every=3"], out=tmp_path / "run")
     model = finback.load(folder)
     assert model.decoder.embed_tokens.weight.dtype == torch.bfloat16
-    assert all(router.weight.dtype == torch.float32 for _, router in model.routers())
+    for _, router in model.routers():
+        assert router.weight.dtype == torch.float32
+        assert torch.equal(router.weight, router.weight.bfloat16().float())
+        assert router.e_score_correction_bias.dtype == torch.float32
     assert [record["step"] for record in log(tmp_path / "run")] == [3, 4]
 
 
@@ -129,6 +133,15 @@ def test_resuming_a_finished_run_writes_the_model_again(whole, tmp_path):
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
     train(path, out=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == expected
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_a_finished_run_takes_further_stages(whole, tmp_path):
+    """The stages one by one equal the whole recipe at once."""
+    path = tiny_recipe.write(tmp_path)
+    path.write_text(tiny_recipe.TOML[: tiny_recipe.TOML.rindex("[[stage]]")])
+    train(path, out=tmp_path / "run")
+    train(tiny_recipe.write(tmp_path), out=tmp_path / "run", resume=True)
     assert_equal_runs(tmp_path / "run", whole)
 
 

@@ -115,9 +115,12 @@ def trim_log(path: Path, step: int) -> None:
 
 
 def _check_unchanged(found: Checkpoint, recipe: Recipe) -> None:
+    """A run goes on by the recipe it began with; further stages at its end are welcome."""
+    old, new = found.state["recipe"], recipe.canonical()
+    new["stage"] = new["stage"][: len(old["stage"])]
     changed = [
         change
-        for change in changed_keys(found.state["recipe"], recipe.canonical())
+        for change in changed_keys(old, new)
         if change.split(" ")[0].rpartition(".")[2] not in _FREE
     ]
     if changed:
