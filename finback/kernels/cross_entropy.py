@@ -29,16 +29,14 @@ class _CrossEntropy(torch.autograd.Function):
         scores = torch.empty_like(narrow, dtype=wide)
         for part in kept.split(chunk):
             hidden, targets = hidden_ND[part], targets_N[part].unsqueeze(1)
-            delta, logits = narrow[: len(part)], scores[: len(part)]
-            logits.copy_(torch.mm(hidden, weight_VD.T, out=delta))
-            logits.sub_(logits.amax(-1, keepdim=True))
-            total -= logits.gather(1, targets).sum()
-            norm = logits.exp_().sum(-1, keepdim=True)
-            total += norm.log().sum()
+            delta, scored = narrow[: len(part)], scores[: len(part)]
+            torch.mm(hidden, weight_VD.T, out=delta)
+            torch.log_softmax(delta, -1, dtype=wide, out=scored)
+            total -= scored.gather(1, targets).sum()
             if d_hidden is None or d_weight is None:
                 continue
-            logits.div_(norm).scatter_add_(1, targets, logits.new_full((), -1.0).expand(targets.shape))
-            delta.copy_(logits)
+            scored.exp_().scatter_add_(1, targets, scored.new_full((), -1.0).expand(targets.shape))
+            delta.copy_(scored)
             d_hidden[part] = delta @ weight_VD
             d_weight += delta.T @ hidden
         ctx.save_for_backward(d_hidden, d_weight)

@@ -89,5 +89,9 @@ class _ExpertFFN(torch.autograd.Function):
         torch.mul(d_active, silu, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(d_active.mul_(up), gate))
         d_gate_up = _grouped(d_hidden.T, x_ND.index_select(0, source), ends)
-        dx = _grouped(d_hidden, gate_up, ends).index_select(0, place)
-        return dx.unflatten(0, weights_NK.shape).sum(1), d_gate_up, d_down, None, d_weights
+        dx = _grouped(d_hidden, gate_up, ends)
+        first, *others = place.view_as(weights_NK).T
+        dx_ND = dx.index_select(0, first)
+        for choice in others:
+            dx_ND += dx.index_select(0, choice)
+        return dx_ND, d_gate_up, d_down, None, d_weights

@@ -26,8 +26,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         normed = wide(x) * inverse
-        grad = wide(grad)
-        d_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        share = torch.linalg.vecdot(grad, normed).unsqueeze(-1).div_(x.shape[-1])
-        return grad.sub_(normed.mul_(share)).mul_(inverse).to(x.dtype), d_weight.to(weight.dtype), None, None
+        product = normed * grad
+        share = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(x.shape[-1])
+        d_weight = product.flatten(0, -2).sum(0)
+        dx = torch.mul(grad, weight, out=product).addcmul_(normed, share, value=-1).mul_(inverse)
+        return dx.to(x.dtype), d_weight.to(weight.dtype), None, None
