@@ -20,11 +20,11 @@ FLOORS = [
     {"model", "text"},
     {"engine", "weights"},
     {"train", "evaluate", "serve", "plan"},
-    {"__init__", "cli", "about", "doctor", "terminal"},
+    {"__init__", "__main__", "cli", "about", "doctor", "terminal"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALSO = {("train", "evaluate")}
-WITHOUT_TORCH = {"errors", "progress", "paths", "tasks", "text", "__init__", "cli", "doctor", "terminal"}
+WITHOUT_TORCH = {"errors", "progress", "paths", "tasks", "text", "__init__", "cli", "doctor", "terminal", "__main__"}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich"}
 LAZY = {"httpx"}  # core, but imported by the one command that needs it

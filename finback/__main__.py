@@ -1,0 +1,5 @@
+"""`python -m finback` is `finback`."""
+
+from finback.cli import main
+
+main()
