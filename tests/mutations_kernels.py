@@ -33,10 +33,10 @@ MUTATIONS = [
     ),
     Mutation(
         ATTENTION,
-        "slice(0, e if mask is None else keys)",
-        "slice(0, e)",
-        ["test_model_attention.py"],
-        "chunks after the first lose the cached keys past their own length",
+        "-(-(keys - unseen) // _STEP) * _STEP, keys)",
+        "(keys - unseen) // _STEP * _STEP, keys)",
+        [TEST_ATTENTION],
+        "a block of queries loses the last key it may see",
     ),
     Mutation(
         EXPERTS,
