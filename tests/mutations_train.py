@@ -247,10 +247,17 @@ MUTATIONS = [
     ),
     Mutation(
         RUN,
-        "            if id(parameter) not in routers:  # the router works in float32\n    ",
-        "        ",
-        [f"{TEST_RUN}::test_a_model_saved_as_bfloat16_keeps_its_router_in_float32"],
-        "the router is rounded when the model is saved",
+        "parameter.data.to(getattr(torch, recipe.save_dtype))",
+        "parameter.data",
+        [f"{TEST_RUN}::test_a_model_saved_as_bfloat16_routes_alike_in_every_reader"],
+        "the model is saved in float32, whatever the recipe says",
+    ),
+    Mutation(
+        RUN,
+        '    new["stage"] = new["stage"][: len(old["stage"])]\n',
+        "    new = old | new\n",
+        [f"{TEST_RUN}::test_a_finished_run_takes_further_stages"],
+        "a run cannot take further stages",
     ),
     Mutation(
         RECIPE,

@@ -63,7 +63,7 @@ def test_next_token_loss_of_pretraining_is_the_mean_over_all_tokens():
     _, got, _, _ = terms(net, batch)
     logits = net(batch.ids_BW[:, :20])
     expected = F.cross_entropy(logits.flatten(0, 1), batch.ids_BW[:, 1:21].flatten())
-    assert got == pytest.approx(float(expected), rel=1e-5)
+    assert got == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -77,7 +77,7 @@ def test_mtp_predicts_the_tokens_after_the_next_and_takes_the_mean_over_depths(d
     for k, module in enumerate(net.mtp.values(), start=1):
         hidden = module(hidden, net.decoder.embed_tokens(ids[:, k : k + 20]))
         logits = net.decoder.logits(hidden)
-        expected += float(F.cross_entropy(logits.flatten(0, 1), ids[:, k + 1 : k + 21].flatten())) / depth
+        expected += float(F.cross_entropy(logits.flatten(0, 1), ids[:, k + 1 : k + 21].flatten()).detach()) / depth
     assert got == pytest.approx(expected, rel=1e-5)
     assert total == pytest.approx(next_token + 0.3 * got + 0.01 * balance, rel=1e-5)
 
@@ -109,7 +109,7 @@ def test_sft_is_each_example_alone_learned_on_its_reply():
         for n, states in enumerate((hidden[:, :-1], ahead[:, :-1])):
             targets = ids[0, n + 1 :].clone()
             targets[: max(0, len(prompt) - n - 1)] = IGNORED
-            sums[n] += float(F.cross_entropy(net.decoder.logits(states)[0], targets, reduction="sum"))
+            sums[n] += float(F.cross_entropy(net.decoder.logits(states)[0], targets, reduction="sum").detach())
             counts[n] += int((targets != IGNORED).sum())
     assert got == pytest.approx(sums[0] / counts[0], rel=1e-4)
     assert got_mtp == pytest.approx(sums[1] / counts[1], rel=1e-4)
@@ -146,9 +146,9 @@ def test_without_mtp_its_modules_get_no_gradient():
 def test_the_balance_loss_sums_over_the_layers_that_ran():
     net, batch = model(), pretraining()
     *_, balance = terms(net, batch, mtp_lambda=0.3)
-    assert balance == pytest.approx(sum(float(router.balance_loss) for _, router in net.routers()), rel=1e-5)
+    assert balance == pytest.approx(sum(float(router.balance_loss.detach()) for _, router in net.routers()), rel=1e-5)
     *_, without = terms(net, batch, mtp_lambda=0.0)
-    main = sum(float(r.balance_loss) for name, r in net.routers() if name.startswith("decoder."))
+    main = sum(float(r.balance_loss.detach()) for name, r in net.routers() if name.startswith("decoder."))
     assert without == pytest.approx(main, rel=1e-5)
     assert without < balance
 

@@ -1,5 +1,6 @@
 """Whole runs: what is written, what resuming gives, and what happens when something goes wrong."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import finback
 from finback.errors import UserError
-from finback.train import checkpoint, train
+from finback.train import checkpoint, run, train
 from finback.train.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +39,9 @@ def whole(tmp_path_factory, one_thread) -> Path:
     return folder / "run"
 
 
-def log(run: Path) -> list[dict]:
+def log(folder: Path) -> list[dict]:
     """The log without what a clock says."""
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
@@ -55,8 +56,8 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def steps(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
 
 
 class Stop(Exception):
@@ -83,6 +84,7 @@ def test_a_run_leaves_a_log_checkpoints_and_a_model(whole):
         assert {"loss", "mtp", "balance", "grad_norm", "lr", "tokens", "load"} <= record.keys()
     assert [record["tokens"] for record in records[:5]] == [4 * 48 * n for n in range(1, 6)]
     assert records[0]["lr"] == pytest.approx(1e-3) and records[4]["lr"] == pytest.approx(2e-4)
+    assert [record["lr"] for record in records[5:]] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
 
 
 def test_the_last_two_checkpoints_and_the_ends_of_stages_are_kept(whole):
@@ -124,6 +126,32 @@ def test_steps_then_resume_equal_the_uninterrupted_run(whole, tmp_path, monkeypa
     train(path, out=tmp_path / "run", resume=True)
     assert_equal_runs(tmp_path / "run", whole)
     assert steps(tmp_path / "run") == steps(whole)
+
+
+def test_bfloat16_resumes_exactly_too(tmp_path, monkeypatch):
+    path, changes = tiny_recipe.write(tmp_path), ["stage.0.dtype=bfloat16", "stage.1.steps=1"]
+    train(path, changes, out=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 3)
+        train(path, changes, out=tmp_path / "run")
+    train(path, changes, out=tmp_path / "run", resume=True)
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_full_disk_under_the_log_is_one_clear_error(whole, tmp_path, monkeypatch):
+    path, real = tiny_recipe.write(tmp_path), run.write_log
+
+    def fails(file, record):
+        if record["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, record)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device") as caught:
+        patch.setattr(run, "write_log", fails)
+        train(path, out=tmp_path / "run")
+    assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
+    train(path, out=tmp_path / "run", resume=True)
+    assert_equal_runs(tmp_path / "run", whole)
 
 
 def test_resuming_a_finished_run_writes_the_model_again(whole, tmp_path):
