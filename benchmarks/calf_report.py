@@ -100,9 +100,10 @@ def card(written: str, scores: dict[str, Any], records: list[dict[str, Any]], lo
         "## Training",
         "",
         *training(log),
-        "`finback train recipes/calf.toml` makes the model again, from the same data "
-        "in the same order; other processors and kernels round differently. This run was stopped once, at step 1,139, "
-        "and resumed with a faster kernel.",
+        "",
+        "`finback train recipes/calf.toml` makes the model again, from the same data in the same order; other "
+        "processors and kernels round differently. This run was stopped and resumed four times, for faster kernels and "
+        "an earlier end of pre-training; the recipe states the schedule it really had.",
         "",
         "## Limits",
         "",
@@ -115,7 +116,7 @@ def card(written: str, scores: dict[str, Any], records: list[dict[str, Any]], lo
         "",
     ]
     body = written.split("\n", 2)[2]
-    return "\n".join(head) + body
+    return "\n".join(head) + "\n" + body
 
 
 def main() -> None:

@@ -118,11 +118,7 @@ def _check_unchanged(found: Checkpoint, recipe: Recipe) -> None:
     """A run goes on by the recipe it began with; further stages at its end are welcome."""
     old, new = found.state["recipe"], recipe.canonical()
     new["stage"] = new["stage"][: len(old["stage"])]
-    changed = [
-        change
-        for change in changed_keys(old, new)
-        if change.split(" ")[0].rpartition(".")[2] not in _FREE
-    ]
+    changed = [change for change in changed_keys(old, new) if change.split(" ")[0].rpartition(".")[2] not in _FREE]
     if changed:
         raise UserError(
             f"--resume: the recipe changed since {found.folder}: {'; '.join(changed)}; give the recipe and --set "
@@ -145,7 +141,7 @@ def _card(recipe: Recipe, model: Model, name: str, numbers: dict[str, Any]) -> s
         f"{torch.get_num_threads()} threads",
         "",
         "```json",
-        json.dumps(recipe.canonical(), indent=1),
+        recipe.model_dump_json(by_alias=True, exclude_unset=True, indent=1),
         "```",
         "",
     ]
