@@ -103,8 +103,8 @@ def card(written: str, scores: dict[str, Any], records: list[dict[str, Any]], lo
         "",
         "`finback train recipes/calf.toml` makes the model again, from the same data in the same order; other "
         "processors and kernels round differently. This run was stopped and resumed four times, for faster kernels and "
-        "an earlier end of pre-training; the recipe states the schedule it really had. Stage lengths and the mixture were "
-        "chosen with sight of small held-out samples of other seeds (LOG.md).",
+        "an earlier end of pre-training; the recipe states the schedule it really had. Stage lengths and the mixture "
+        "were chosen with sight of small held-out samples of other seeds (LOG.md).",
         "",
         "## Limits",
         "",
