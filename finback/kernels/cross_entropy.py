@@ -7,12 +7,28 @@ from torch import Tensor
 
 from finback.kernels.precision import compute_dtype
 from finback.kernels.reference import IGNORED
+from finback.kernels.tiles import tiles
 
 
 def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 1024) -> Tensor:
     """As `reference.cross_entropy`; at most `chunk` x V logits exist at a time."""
     dtype = compute_dtype(hidden_ND)
     return _CrossEntropy.apply(hidden_ND.to(dtype), weight_VD.to(dtype), targets_N, chunk)
+
+
+def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows' losses; the logits become its gradient, softmax - onehot, in place.
+
+    log Σ exp(l) = max l - log(max p), exact where softmax is: max p >= 1 / V.
+    """
+    targets_R1 = targets_R.unsqueeze(1)
+    scores = logits_RV.to(dtype, copy=True)
+    margin = scores.amax(1, keepdim=True) - scores.gather(1, targets_R1)
+    torch.softmax(scores, -1, out=scores)
+    loss = (margin - scores.amax(1, keepdim=True).log_()).sum()
+    scores.scatter_add_(1, targets_R1, scores.new_full((), -1.0).expand(targets_R1.shape))
+    logits_RV.copy_(scores)
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -24,21 +40,17 @@ class _CrossEntropy(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden_ND) if need else None
         d_weight = torch.zeros_like(weight_VD, dtype=wide) if need else None
         kept = (targets_N != IGNORED).nonzero().squeeze(1)
-        # Two buffers serve all chunks: memory touched for the first time costs more than this arithmetic.
-        narrow = hidden_ND.new_empty(min(chunk, len(kept)), len(weight_VD))
-        scores = torch.empty_like(narrow, dtype=wide)
+        # One buffer serves all chunks: memory touched for the first time costs more than this arithmetic.
+        buffer = hidden_ND.new_empty(min(chunk, len(kept)), len(weight_VD))
         for part in kept.split(chunk):
-            hidden, targets = hidden_ND[part], targets_N[part].unsqueeze(1)
-            delta, scored = narrow[: len(part)], scores[: len(part)]
-            torch.mm(hidden, weight_VD.T, out=delta)
-            torch.log_softmax(delta, -1, dtype=wide, out=scored)
-            total -= scored.gather(1, targets).sum()
+            hidden, targets = hidden_ND.index_select(0, part), targets_N.index_select(0, part)
+            logits = torch.mm(hidden, weight_VD.T, out=buffer[: len(part)])
+            for rows in tiles(logits):
+                total += _loss_to_gradient(logits[rows], targets[rows], wide)
             if d_hidden is None or d_weight is None:
                 continue
-            scored.exp_().scatter_add_(1, targets, scored.new_full((), -1.0).expand(targets.shape))
-            delta.copy_(scored)
-            d_hidden[part] = delta @ weight_VD
-            d_weight += delta.T @ hidden
+            d_hidden.index_copy_(0, part, logits @ weight_VD)
+            d_weight += logits.T @ hidden
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
