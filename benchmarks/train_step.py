@@ -1,10 +1,11 @@
 """One training step of configuration (S) beside transformers: tokens/s in turn, and where our time goes.
 
-    python benchmarks/train_step.py [--rounds 3] [--steps 6] [--warm 8] [--compiled] [--out results/train_step]
+    python benchmarks/train_step.py [--rounds 20] [--steps 2] [--warm 8] [--compiled] [--out results/train_step]
 
 (S) is 10.4 M parameters, 4.95 M active; a step reads 32 x 256 tokens, forward + backward + fused AdamW, bf16 autocast
-with fp32 weights, MTP and balance losses off. Each side runs in a process of its own, all with the same malloc
-settings, one after the other, `rounds` times; the figures are medians over all measured steps with their range.
+with fp32 weights, MTP and balance losses off. Each side has a process of its own, all with the same malloc settings;
+they take a few steps in turn, `rounds` times, so that a slow minute of the machine falls on all of them. Figures are
+medians with their range, over steps for rates and over rounds for ratios.
 Needs the `test` extra (transformers).
 """
 
@@ -80,17 +81,16 @@ def theirs(attention: str, compiled: bool):
     return lambda: run(input_ids=ids, labels=ids).loss, list(model.parameters())
 
 
-def child(side: str, warm: int, steps: int, profile: bool) -> None:
-    """Measure one side and print one JSON line."""
+def child(side: str, warm: int) -> None:
+    """Warm one side up, then answer each line read with one JSON line: of "step" its times, of "where" its profile."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     attention = "sdpa" if side.endswith("sdpa") else "eager"
     loss, parameters = ours() if side == "finback" else theirs(attention, side.endswith("compiled"))
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    rows = []
 
-    def step() -> None:
+    def step() -> dict[str, float]:
         start = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = loss()
@@ -99,21 +99,15 @@ def child(side: str, warm: int, steps: int, profile: bool) -> None:
         end = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        rows.append((time.perf_counter() - start, middle - start, end - middle, value.item()))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "forward": middle - start, "backward": end - middle, "loss": value.item()}
 
-    for _ in range(warm + steps):
-        step()
-    result = {
-        "side": side,
-        "seconds": [round(row[0], 4) for row in rows[warm:]],
-        "forward": statistics.median(row[1] for row in rows[warm:]),
-        "backward": statistics.median(row[2] for row in rows[warm:]),
-        "first": rows[0][0],
-        "losses": [round(row[3], 4) for row in rows[:4]],
-    }
-    if profile:
-        result["where"] = where(step)
-    print(json.dumps(result))
+    rows = [step() for _ in range(warm)]
+    print(
+        json.dumps({"side": side, "first": rows[0]["seconds"], "losses": [row["loss"] for row in rows[:4]]}), flush=True
+    )
+    for line in sys.stdin:
+        print(json.dumps(where(step) if line.strip() == "where" else step()), flush=True)
 
 
 def where(step) -> dict[str, float]:
@@ -151,46 +145,54 @@ def peak() -> float:
     return 2 * 4096**3 / statistics.median(times[1:])
 
 
-def measure(side: str, arguments: argparse.Namespace) -> dict:
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        side,
-        "--warm",
-        str(arguments.warm),
-        "--steps",
-        str(arguments.steps),
-    ]
-    done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-    print(lines[-1], file=sys.stderr, flush=True)
-    return json.loads(lines[-1])
+class Side:
+    """One side in a process of its own, which sleeps while it is not asked."""
+
+    def __init__(self, name: str, warm: int) -> None:
+        command = [sys.executable, __file__, "--child", name, "--warm", str(warm)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env={**os.environ, **MALLOC}, stdin=pipe, stdout=pipe, text=True)
+        self.name = name
+        self.start = self._read()
+
+    def ask(self, what: str) -> dict:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        sys.exit(f"{self.name} ended with exit code {self.process.wait()}")
 
 
-def report(runs: list[dict], limit: float) -> str:
-    rates: dict[str, list[float]] = {}
-    for run in runs:
-        rates.setdefault(run["side"], []).extend(TOKENS / seconds for seconds in run["seconds"])
-    median = {side: statistics.median(values) for side, values in rates.items()}
-    best = max((side for side in median if side in ("transformers-eager", "transformers-sdpa")), key=median.__getitem__)
+def spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+
+
+def report(sides: list[Side], rounds: list[dict[str, list[dict]]], where_time: dict[str, float], limit: float) -> str:
+    """Rates from all steps; ratios from the steps of the same round, which met the same neighbours on the machine."""
+    took = {side.name: [sum(row["seconds"] for row in turn[side.name]) for turn in rounds] for side in sides}
+    rate = {side.name: [TOKENS / row["seconds"] for turn in rounds for row in turn[side.name]] for side in sides}
+    ratio = {name: [theirs / ours for theirs, ours in zip(took[name], took["finback"], strict=True)] for name in took}
+    best = min(("transformers-eager", "transformers-sdpa"), key=lambda name: statistics.median(ratio[name]))
     lines = [
         f"Machine: bf16 matrix product {limit / 1e9:.0f} GFLOP/s. "
-        f"6 x active parameters = {6 * ACTIVE / 1e6:.1f} MFLOP a token.",
+        f"6 x active parameters = {6 * ACTIVE / 1e6:.1f} MFLOP a token. "
+        f"{len(rounds)} rounds; all sides take their steps in turn in every round.",
         "",
-        "| | tok/s: median (min – max) | share of the machine's limit | first step s | to ours |",
+        "| | tok/s: median (min – max) | share of the machine's limit | first step s | ours is faster, by round |",
         "|---|---|---|---|---|",
     ]
-    for side, values in rates.items():
-        first = max(run["first"] for run in runs if run["side"] == side)
-        share = median[side] * 6 * ACTIVE / limit
-        ratio = median["finback"] / median[side]
-        spread = f"{median[side]:.0f} ({min(values):.0f} – {max(values):.0f})"
-        lines.append(f"| {SIDES[side]} | {spread} | {share:.0%} | {first:.1f} | {ratio:.2f}x |")
-    lines += ["", f"Ours is {median['finback'] / median[best]:.2f}x the best uncompiled setting ({SIDES[best]}).", ""]
-    where_time = next(run["where"] for run in runs if "where" in run)
+    for side in sides:
+        share = statistics.median(rate[side.name]) * 6 * ACTIVE / limit
+        by_round = "" if side.name == "finback" else f"{spread(ratio[side.name], 2)}x"
+        first = f"{side.start['first']:.1f}"
+        lines.append(f"| {SIDES[side.name]} | {spread(rate[side.name], 0)} | {share:.0%} | {first} | {by_round} |")
+    lines += ["", f"Ours is {statistics.median(ratio[best]):.2f}x the best uncompiled setting ({SIDES[best]}).", ""]
     whole = sum(where_time.values())
     lines += ["| where our step goes | s | share |", "|---|---|---|"]
     lines += [f"| {kind} | {seconds:.3f} | {seconds / whole:.0%} |" for kind, seconds in where_time.items()]
@@ -199,29 +201,29 @@ def report(runs: list[dict], limit: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=2, help="of each side in a round")
     parser.add_argument("--warm", type=int, default=8)
-    parser.add_argument("--compiled", action="store_true", help="also transformers under torch.compile, once")
+    parser.add_argument("--compiled", action="store_true", help="also transformers under torch.compile")
     parser.add_argument("--out", type=Path, help="keep the report and the raw figures there")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(arguments.child, arguments.warm, arguments.steps, arguments.child == "finback")
+        return child(arguments.child, arguments.warm)
     limit = peak()
-    runs = [
-        measure(side, arguments)
-        for _ in range(arguments.rounds)
-        for side in ("finback", "transformers-eager", "transformers-sdpa")
-    ]
-    if arguments.compiled:
-        runs.append(measure("transformers-compiled", arguments))
-    text = report(runs, limit)
+    sides = [Side(name, arguments.warm) for name in SIDES if arguments.compiled or name != "transformers-compiled"]
+    rounds: list[dict[str, list[dict]]] = []
+    for number in range(arguments.rounds):
+        rounds.append({side.name: [side.ask("step") for _ in range(arguments.steps)] for side in sides})
+        seconds = {name: [round(row["seconds"], 3) for row in rows] for name, rows in rounds[-1].items()}
+        print(f"round {number + 1}/{arguments.rounds}: {seconds}", file=sys.stderr, flush=True)
+    text = report(sides, rounds, sides[0].ask("where"), limit)
     print(text)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "report.md").write_text(text + "\n", encoding="utf-8")
-        (arguments.out / "raw.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+        raw = [{"peak": limit}, *(side.start for side in sides), *rounds]
+        (arguments.out / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from finback.kernels import dispatch, reference
+from finback.kernels import attention, dispatch, reference, tiles
+
+
+@pytest.fixture(autouse=True, params=[None, 8], ids=["", "cut"])
+def small_tiles(request, monkeypatch):
+    """Everything once as it is, and once cut into parts far smaller than these inputs."""
+    if request.param:
+        monkeypatch.setattr(tiles, "_NUMBERS", request.param)
+        monkeypatch.setattr(attention, "_SCORES", 2 * 3 * attention.BLOCK * 300)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -47,10 +55,10 @@ def test_rms_norm_value_and_gradient():
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_value_and_gradient(tokens: int, masked: bool):
     """Odd lengths, more than one block, value heads narrower than key heads, documents that do not mix."""
-    inputs = [random(2, tokens, 3, 6), random(2, tokens, 3, 6), random(2, tokens, 3, 4)]
+    inputs = [random(5, tokens, 3, 6), random(5, tokens, 3, 6), random(5, tokens, 3, 4)]
     mask = None
     if masked:
-        lengths = torch.tensor([[3], [100]])
+        lengths = torch.tensor([[3], [100], [7], [400], [64]])
         document = torch.arange(tokens) // lengths
         mask = (document[:, :, None] == document[:, None]).tril()
     agree(dispatch.attention, plain_attention, inputs, 0.3, mask)
@@ -111,3 +119,10 @@ def test_cross_entropy_value_and_gradient(chunk: int):
 def test_cross_entropy_of_nothing_is_zero():
     targets = torch.full((4,), reference.IGNORED)
     assert dispatch.cross_entropy(random(4, 5), random(8, 5), targets).item() == 0.0
+
+
+def test_cross_entropy_of_a_hopeless_target_is_finite():
+    """softmax underflows to 0 there; the loss is the distance of the logits."""
+    hidden, weight = torch.tensor([[300.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    for target, loss in ((0, 0.0), (1, 600.0), (2, 300.0)):
+        assert dispatch.cross_entropy(hidden, weight, torch.tensor([target])).item() == loss

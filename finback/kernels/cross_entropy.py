@@ -10,10 +10,10 @@ from finback.kernels.reference import IGNORED
 from finback.kernels.tiles import tiles
 
 
-def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 1024) -> Tensor:
+def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 2048) -> Tensor:
     """As `reference.cross_entropy`; at most `chunk` x V logits exist at a time."""
     dtype = compute_dtype(hidden_ND)
-    return _CrossEntropy.apply(hidden_ND.to(dtype), weight_VD.to(dtype), targets_N, chunk)
+    return _CrossEntropy.apply(hidden_ND.to(dtype), weight_VD, targets_N, chunk)
 
 
 def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,22 +39,24 @@ class _CrossEntropy(torch.autograd.Function):
         need = any(ctx.needs_input_grad)
         d_hidden = torch.zeros_like(hidden_ND) if need else None
         d_weight = torch.zeros_like(weight_VD, dtype=wide) if need else None
+        head_VD = weight_VD.to(hidden_ND.dtype)
         kept = (targets_N != IGNORED).nonzero().squeeze(1)
         # One buffer serves all chunks: memory touched for the first time costs more than this arithmetic.
         buffer = hidden_ND.new_empty(min(chunk, len(kept)), len(weight_VD))
         for part in kept.split(chunk):
             hidden, targets = hidden_ND.index_select(0, part), targets_N.index_select(0, part)
-            logits = torch.mm(hidden, weight_VD.T, out=buffer[: len(part)])
+            logits = torch.mm(hidden, head_VD.T, out=buffer[: len(part)])
             for rows in tiles(logits):
                 total += _loss_to_gradient(logits[rows], targets[rows], wide)
             if d_hidden is None or d_weight is None:
                 continue
-            d_hidden.index_copy_(0, part, logits @ weight_VD)
+            d_hidden.index_copy_(0, part, logits @ head_VD)
             d_weight += logits.T @ hidden
         ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(d_hidden.dtype), None, None
+        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.dtype), None, None

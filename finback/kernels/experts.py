@@ -15,6 +15,8 @@ from finback.kernels.precision import compute_dtype
 
 _STEP = 128  # rows: at most 3 % more of them at 16,384 choices of 8 experts
 
+_silu_backward = torch.ops.aten.silu_backward.default
+
 
 def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """As `reference.expert_ffn`."""
@@ -24,8 +26,6 @@ def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """One product per group. [M, x] x [E, x, y] gives [M, y]; [x, M] x [M, y] gives [E, x, y]."""
-    if len(ends) == 1:
-        return a @ b[0] if b.dim() == 3 else (a @ b).unsqueeze(0)
     if a.dtype in (torch.bfloat16, torch.float32) and _aligned(a) and _aligned(b):
         return torch._grouped_mm(a, b, ends)
     bounds = [0, *ends.tolist()]  # odd widths, and float64 for finite differences
@@ -61,51 +61,34 @@ def _deal(experts_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return place, source, ends.int()
 
 
-def _groups(n_experts: int, ends: Tensor) -> list[tuple[slice, slice, Tensor]]:
-    """(experts, rows, the ends of those experts within the rows) of each product: on a CPU an expert at a time, whose
-    rows stay in cache from one operation to the next; elsewhere all in one launch."""
-    if ends.device.type != "cpu":
-        return [(slice(0, n_experts), slice(0, int(ends[-1])), ends)]
-    bounds = [0, *ends.tolist()]
-    return [
-        (slice(e, e + 1), slice(start, end), ends[e : e + 1] - start)
-        for e, (start, end) in enumerate(pairwise(bounds))
-        if end > start
-    ]
-
-
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor):
         place, source, ends = _deal(experts_NK, len(gate_up))
+        hidden = _grouped(x_ND.index_select(0, source), gate_up.transpose(1, 2), ends)
+        gate, up = hidden.chunk(2, dim=-1)
+        result = _grouped(F.silu(gate).mul_(up), down.transpose(1, 2), ends)
         place_NK = place.view_as(experts_NK)
-        hidden, results = [], []
-        for experts, rows, ends_here in _groups(len(gate_up), ends):
-            x = x_ND.index_select(0, source[rows])
-            hidden.append(_grouped(x, gate_up[experts].transpose(1, 2), ends_here))
-            gate, up = hidden[-1].chunk(2, dim=-1)
-            results.append(_grouped(F.silu(gate).mul_(up), down[experts].transpose(1, 2), ends_here))
-        ctx.save_for_backward(x_ND, gate_up, down, weights_NK, place_NK, source, ends, *hidden)
-        return F.embedding_bag(place_NK, torch.cat(results), per_sample_weights=weights_NK, mode="sum")
+        ctx.save_for_backward(x_ND, gate_up, down, weights_NK, place_NK, source, ends, hidden)
+        return F.embedding_bag(place_NK, result, per_sample_weights=weights_NK, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_up, down, weights_NK, place_NK, source, ends, *saved = ctx.saved_tensors
-        grad_ND = grad_ND.to(x_ND.dtype)
+        x_ND, gate_up, down, weights_NK, place_NK, source, ends, hidden = ctx.saved_tensors
+        grad = grad_ND.to(x_ND.dtype).index_select(0, source)
         # Rows that only fill up have weight 0, and with it no part in any gradient.
         weight = weights_NK.new_zeros(len(source)).scatter_(0, place_NK.flatten(), weights_NK.flatten()).unsqueeze(-1)
-        d_gate_up, d_down, d_weight = torch.zeros_like(gate_up), torch.zeros_like(down), torch.zeros_like(weight)
-        dx = []
-        for (experts, rows, ends_here), hidden in zip(_groups(len(gate_up), ends), saved, strict=True):
-            grad, gate, up = grad_ND.index_select(0, source[rows]), *hidden.chunk(2, dim=-1)
-            silu = F.silu(gate)
-            active = silu * up
-            d_active = _grouped(grad, down[experts], ends_here)
-            d_weight[rows, 0] = torch.linalg.vecdot(d_active, active)
-            d_active.mul_(weight[rows])
-            d_down[experts] = _grouped(grad.mul_(weight[rows]).T, active, ends_here)
-            d_hidden = torch.cat((torch.ops.aten.silu_backward(d_active * up, gate), d_active.mul_(silu)), dim=-1)
-            d_gate_up[experts] = _grouped(d_hidden.T, x_ND.index_select(0, source[rows]), ends_here)
-            dx.append(_grouped(d_hidden, gate_up[experts], ends_here))
-        dx_ND = F.embedding_bag(place_NK, torch.cat(dx), mode="sum")
-        return dx_ND, d_gate_up, d_down, None, d_weight[:, 0].index_select(0, place_NK.flatten()).view_as(place_NK)
+        gate, up = hidden.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        active = silu * up
+        d_active = _grouped(grad, down, ends)
+        d_weights = torch.linalg.vecdot(d_active, active).index_select(0, place_NK.flatten()).view_as(place_NK)
+        d_active.mul_(weight)
+        d_down = _grouped(grad.mul_(weight).T, active, ends)
+        d_hidden = torch.empty_like(hidden)
+        d_gate, d_up = d_hidden.chunk(2, dim=-1)
+        torch.mul(d_active, silu, out=d_up)
+        d_gate.copy_(_silu_backward(d_active.mul_(up), gate))
+        d_gate_up = _grouped(d_hidden.T, x_ND.index_select(0, source), ends)
+        dx = _grouped(d_hidden, gate_up, ends)
+        return F.embedding_bag(place_NK, dx, mode="sum"), d_gate_up, d_down, None, d_weights

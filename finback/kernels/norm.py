@@ -11,6 +11,8 @@ from torch import Tensor
 from finback.kernels.precision import compute_dtype, wide
 from finback.kernels.tiles import tiles
 
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`; under autocast the result is already in the dtype the next product wants."""
@@ -36,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         for rows in tiles(x_ND):
             g_ND = grad_ND[rows].to(weight_D.dtype)
             parts = (g_ND, wide(x_ND[rows]), x.shape[-1:], centre_N1[rows], inverse_N1[rows], weight_D, None)
-            centred, d_scale, _ = torch.ops.aten.native_layer_norm_backward(*parts, [True, True, False])
+            centred, d_scale, _ = _layer_norm_backward(*parts, [True, True, False])
             d_weight += d_scale
             mean_N1 = torch.mv(g_ND, weight_D).unsqueeze(-1).div_(x.shape[-1])
             torch.add(centred, mean_N1.mul_(inverse_N1[rows]), out=dx_ND[rows])
