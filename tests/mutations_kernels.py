@@ -3,10 +3,11 @@
 from mutations import Mutation
 
 ATTENTION, EXPERTS = "kernels/attention.py", "kernels/experts.py"
-NORM, LOSS = "kernels/norm.py", "kernels/cross_entropy.py"
+NORM, LOSS, ROTARY = "kernels/norm.py", "kernels/cross_entropy.py", "kernels/rotary.py"
 TEST_ATTENTION = "test_kernels.py::test_attention_value_and_gradient"
 TEST_EXPERTS = "test_kernels.py::test_experts_value_and_gradient"
 TEST_NORM = "test_kernels.py::test_rms_norm_value_and_gradient"
+TEST_ROTARY = "test_kernels.py::test_rotation_value_and_gradient"
 TEST_LOSS = "test_kernels.py::test_cross_entropy_value_and_gradient"
 
 MUTATIONS = [
@@ -79,6 +80,27 @@ MUTATIONS = [
         "d_weight = d_scale",
         [TEST_NORM],
         "the scale's gradient keeps the last tile only",
+    ),
+    Mutation(
+        ROTARY,
+        "_turned(grad, turn.conj())",
+        "_turned(grad, turn)",
+        [TEST_ROTARY],
+        "the gradient is turned onwards and not back",
+    ),
+    Mutation(
+        ROTARY,
+        "memory_format=torch.contiguous_format, copy=True)",
+        "copy=True)",
+        [TEST_ROTARY],
+        "odd sizes beside the roped part put its pairs on odd places",
+    ),
+    Mutation(
+        ROTARY,
+        "contiguous_format, copy=True)",
+        "contiguous_format)",
+        [TEST_ROTARY],
+        "a float32 input is turned in place",
     ),
     Mutation(
         LOSS,

@@ -122,13 +122,6 @@ MUTATIONS = [
         "fast pairs are stretched and slow ones not",
     ),
     Mutation(
-        ROPE,
-        "        numbers = numbers.clone(memory_format=torch.contiguous_format)\n",
-        "        numbers = numbers.contiguous()\n",
-        [f"{TEST_ATTENTION}::test_cached_equals_whole_for_every_shape"],
-        "odd sizes fail at the first decoded token",
-    ),
-    Mutation(
         CONFIG,
         "self.max_position_embeddings > scaling.original",
         "self.max_position_embeddings >= scaling.original",
@@ -158,7 +151,7 @@ MUTATIONS = [
     ),
     Mutation(
         ATTENTION,
-        "torch.cat((self.kv_a_layernorm(latent), rotate(key, context.turn)), dim=-1)",
+        "torch.cat((self.kv_a_layernorm(latent), dispatch.rotate(key, context.turn)), dim=-1)",
         "torch.cat((self.kv_a_layernorm(latent), key), dim=-1)",
         [f"{TEST_PARITY}::test_logits_equal_transformers"],
         "the shared key is not turned",

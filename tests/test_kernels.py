@@ -51,6 +51,27 @@ def test_rms_norm_value_and_gradient():
     assert gradcheck(lambda x, w: dispatch.rms_norm(x, w, 1e-6), [random(2, 8), random(8)])
 
 
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("before", [0, 5, 8])
+def test_rotation_value_and_gradient(heads: int | None, before: int):
+    """A slice of wider rows, as the model has it; odd widths before it put the pairs on odd places."""
+    shape = (2, 5) if heads is None else (2, 5, heads)
+    angles = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    turn = torch.polar(torch.full_like(angles, 1.1), angles).reshape(2, 5, *[1] * (len(shape) - 2), 4)
+    whole = random(*shape, before + 8)
+    kept = whole.detach().clone()
+
+    def plain(x):
+        even, odd = x[..., before:].unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = (even * turn.real - odd * turn.imag, even * turn.imag + odd * turn.real)
+        return torch.stack(pairs, -1).flatten(-2)
+
+    agree(lambda x: dispatch.rotate(x[..., before:], turn), plain, [whole])
+    assert torch.equal(whole, kept)
+    halves = [whole.detach()[..., :8].to(torch.bfloat16).requires_grad_()]
+    agree(dispatch.rotate, reference.rotate, halves, turn.to(torch.complex64), tolerance=0.02)
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 256, 300])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_value_and_gradient(tokens: int, masked: bool):

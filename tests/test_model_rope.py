@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_model import tiny, tiny_model, tokens
 
+from finback.kernels import dispatch
 from finback.model import Config, RopeScaling
-from finback.model.rope import correction_range, inverse_frequencies, rotate, rotation, softmax_scale
+from finback.model.rope import correction_range, inverse_frequencies, rotation, softmax_scale
 
 V3_SCALING = RopeScaling(factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
 V3 = Config(max_position_embeddings=163840, rope_scaling=V3_SCALING)
@@ -69,7 +70,7 @@ def test_rotation_turns_neighbouring_pairs():
     expected = torch.empty_like(x)
     expected[..., 0::2] = x[..., 0::2] * angle.cos() - x[..., 1::2] * angle.sin()
     expected[..., 1::2] = x[..., 0::2] * angle.sin() + x[..., 1::2] * angle.cos()
-    turned = rotate(x, rotation(V3, torch.arange(7).expand(2, -1)))
+    turned = dispatch.rotate(x, rotation(V3, torch.arange(7).expand(2, -1)))
     torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
 
 

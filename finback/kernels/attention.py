@@ -80,7 +80,7 @@ class _Attention(torch.autograd.Function):
         for share, queries, keys in blocks:
             bias = _bias(mask, (share, queries, keys), q)
             scores = torch.baddbmm(bias, _part(q, share, queries), _part(k, share, keys).transpose(1, 2), alpha=scale)
-            chosen = torch.softmax(scores, -1)
+            chosen = torch.softmax(scores, -1, out=scores)  # in place: the largest memory there is
             mixed = torch.bmm(chosen, _part(v, share, keys))
             out[share, queries] = mixed.unflatten(0, (-1, heads)).transpose(1, 2)
             if keep:

@@ -5,5 +5,6 @@ from finback.kernels.cross_entropy import cross_entropy
 from finback.kernels.experts import expert_ffn
 from finback.kernels.norm import rms_norm
 from finback.kernels.reference import latent_attention
+from finback.kernels.rotary import rotate
 
-__all__ = ["attention", "cross_entropy", "expert_ffn", "latent_attention", "rms_norm"]
+__all__ = ["attention", "cross_entropy", "expert_ffn", "latent_attention", "rms_norm", "rotate"]

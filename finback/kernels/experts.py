@@ -1,7 +1,6 @@
 """The mixture's feed-forward, grouped: tokens sorted by expert, one matrix product a group, its backward by hand.
 
-The backward keeps the sorted products' inputs only; the activation is recomputed, and the gradient of a token's weight
-comes from the activation's gradient, so that no second pass over the outputs is needed.
+The gradient of a token's weight comes from the activation's gradient, so that the outputs need not be kept.
 """
 
 from itertools import pairwise
@@ -67,19 +66,19 @@ class _ExpertFFN(torch.autograd.Function):
         place, source, ends = _deal(experts_NK, len(gate_up))
         hidden = _grouped(x_ND.index_select(0, source), gate_up.transpose(1, 2), ends)
         gate, up = hidden.chunk(2, dim=-1)
-        result = _grouped(F.silu(gate).mul_(up), down.transpose(1, 2), ends)
+        silu = F.silu(gate)
+        result = _grouped(silu * up, down.transpose(1, 2), ends)
         place_NK = place.view_as(experts_NK)
-        ctx.save_for_backward(x_ND, gate_up, down, weights_NK, place_NK, source, ends, hidden)
+        ctx.save_for_backward(x_ND, gate_up, down, weights_NK, place_NK, source, ends, hidden, silu)
         return F.embedding_bag(place_NK, result, per_sample_weights=weights_NK, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_up, down, weights_NK, place_NK, source, ends, hidden = ctx.saved_tensors
+        x_ND, gate_up, down, weights_NK, place_NK, source, ends, hidden, silu = ctx.saved_tensors
         grad = grad_ND.to(x_ND.dtype).index_select(0, source)
         # Rows that only fill up have weight 0, and with it no part in any gradient.
         weight = weights_NK.new_zeros(len(source)).scatter_(0, place_NK.flatten(), weights_NK.flatten()).unsqueeze(-1)
         gate, up = hidden.chunk(2, dim=-1)
-        silu = F.silu(gate)
         active = silu * up
         d_active = _grouped(grad, down, ends)
         d_weights = torch.linalg.vecdot(d_active, active).index_select(0, place_NK.flatten()).view_as(place_NK)

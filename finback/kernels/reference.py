@@ -14,6 +14,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight.type_as(x)
 
 
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x [B, T, ..., 2P], each a complex number, by factors [B, T, ..., P]; in fp32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turn.real, turn.imag
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """softmax(scale · q kᵀ) v per head: q [B, T, H, d], k [B, S, H, d], v [B, S, H, e] to [B, T, H, e].
 

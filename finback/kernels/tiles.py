@@ -5,8 +5,8 @@ from torch import Tensor
 _NUMBERS = 1 << 19  # of one operand: 2 MB in fp32
 
 
-def tiles(x_ND: Tensor) -> list[slice]:
-    """Consecutive row ranges of x; a device other than the CPU takes all rows at once."""
-    count, width = x_ND.shape
-    step = max(1, _NUMBERS // width) if x_ND.device.type == "cpu" else max(1, count)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+def tiles(x_N: Tensor) -> list[slice]:
+    """Consecutive ranges of the first dimension of x; a device other than the CPU takes all of it at once."""
+    count = max(1, len(x_N))
+    step = max(1, _NUMBERS * count // max(1, x_N.numel())) if x_N.device.type == "cpu" else count
+    return [slice(start, min(start + step, len(x_N))) for start in range(0, len(x_N), step)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finback.kernels import dispatch
 from finback.model.config import Config
 from finback.model.linear import Linear, RMSNorm
-from finback.model.rope import rotate, rotation, softmax_scale
+from finback.model.rope import rotation, softmax_scale
 
 
 class Cache(Protocol):
@@ -92,14 +92,14 @@ class Attention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q = q.unflatten(-1, (self.config.num_attention_heads, -1))
         q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
-        return q_nope, rotate(q_rope, context.turn.unsqueeze(2))
+        return q_nope, dispatch.rotate(q_rope, context.turn.unsqueeze(2))
 
     def _entry(self, x_BTD: Tensor, context: Context) -> Tensor:
         """What is remembered of each token: the normed latent and the roped shared key, [B, T, C]."""
         latent, key = self.kv_a_proj_with_mqa(x_BTD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
         )
-        return torch.cat((self.kv_a_layernorm(latent), rotate(key, context.turn)), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), dispatch.rotate(key, context.turn)), dim=-1)
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask: Tensor | None) -> Tensor:
         heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim

@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from finback.kernels.precision import wide
 from finback.model.config import Config, RopeScaling
 
 
@@ -57,13 +56,3 @@ def rotation(config: Config, positions_BT: Tensor) -> Tensor:
     if scaling:
         length = _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
     return torch.polar(torch.full_like(angles, length), angles)
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x [..., rope_dim], each a complex number, by factors [..., rope_dim / 2]."""
-    numbers = wide(x)
-    if any(n % 2 for n in (numbers.storage_offset(), *numbers.stride()[:-1])):
-        # A complex view needs pairs that start on even places; odd sizes beside the rope part put them elsewhere.
-        numbers = numbers.clone(memory_format=torch.contiguous_format)
-    pairs = torch.view_as_complex(numbers.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
