@@ -90,10 +90,10 @@ MUTATIONS = [
     ),
     Mutation(
         ROTARY,
-        "memory_format=torch.contiguous_format, copy=True)",
-        "copy=True)",
-        [TEST_ROTARY],
-        "odd sizes beside the roped part put its pairs on odd places",
+        "part.unflatten(-1, (-1, 2))",
+        "part.unflatten(-1, (2, -1)).transpose(-1, -2).contiguous()",
+        [TEST_ROTARY, "test_model_rope.py::test_rotation_turns_neighbouring_pairs"],
+        "the two halves are turned, as in Llama",
     ),
     Mutation(
         ROTARY,

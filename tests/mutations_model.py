@@ -109,13 +109,6 @@ MUTATIONS = [
     ),
     Mutation(
         ROPE,
-        "numbers.unflatten(-1, (-1, 2))",
-        "numbers.unflatten(-1, (2, -1)).transpose(-1, -2).contiguous()",
-        [f"{TEST_ROPE}::test_rotation_turns_neighbouring_pairs", f"{TEST_PARITY}::test_logits_equal_transformers"],
-        "the two halves are turned, as in Llama",
-    ),
-    Mutation(
-        ROPE,
         "inverse * (1 - ramp) + inverse / scaling.factor * ramp",
         "inverse * ramp + inverse / scaling.factor * (1 - ramp)",
         [f"{TEST_ROPE}::test_v3_frequencies_follow_the_definition"],
