@@ -1,8 +1,8 @@
 """Attention by blocks of queries with its backward, in batched matrix products.
 
-On a CPU torch's own SDPA takes 2.2 to 2.7 times as long, forward and backward, for 32 x 256 tokens with heads of 48 and 32
-(results/hot_loops). Here a few rows of the batch at a time keep their scores in cache, a block reads only keys that one
-of its queries may see, and without gradients memory grows with T, not T².
+On a CPU torch's own SDPA takes 2.2 to 2.7 times as long, forward and backward, for 32 x 256 tokens with heads of 48 and
+32 (results/hot_loops). Here a few rows of the batch at a time keep their scores in cache, a block reads only keys that
+one of its queries may see, and without gradients memory grows with T, not T².
 """
 
 from typing import Any
