@@ -1,15 +1,17 @@
 """The one place a weight matrix lives: dense now; packed, quantised or disk-resident forms behind the same call."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 
-class Weight(nn.Module):
+class Weight(nn.Module, ABC):
     """A weight matrix, or a stack of them, in some storage form."""
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The whole matrix as an ordinary tensor."""
-        raise NotImplementedError  # abstract: each storage form says how
 
 
 class DenseWeight(Weight):
