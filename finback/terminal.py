@@ -93,7 +93,7 @@ def typed_lines() -> Iterator[str]:
         yield from sys.stdin
         return
     with suppress(ImportError):
-        import readline  # noqa: F401  importing it gives input() history and editing
+        import readline  # noqa: F401  importing it gives input() history and editing; a Python built without it has none
     while True:
         try:
             yield input("› " if sys.stdout.isatty() else "")

@@ -334,7 +334,6 @@ def test_a_process_killed_while_it_writes_a_checkpoint_loses_nothing(whole, tmp_
     assert_equal_runs(tmp_path / "run", whole)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
 def test_a_file_that_does_not_fit_is_one_clear_error_and_resuming_goes_on(whole, tmp_path):
     code = (
         "real = checkpoint.save\n"
