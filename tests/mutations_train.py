@@ -254,6 +254,13 @@ MUTATIONS = [
     ),
     Mutation(
         RUN,
+        "if number < len(lines):",
+        "if False:",
+        [f"{TEST_RUN}::test_a_damaged_line_within_the_log_is_one_clear_error"],
+        "a damaged line of the log vanishes without a word",
+    ),
+    Mutation(
+        RUN,
         '    new["stage"] = new["stage"][: len(old["stage"])]\n',
         "    new = old | new\n",
         [f"{TEST_RUN}::test_a_finished_run_takes_further_stages"],

@@ -154,6 +154,23 @@ def test_a_full_disk_under_the_log_is_one_clear_error(whole, tmp_path, monkeypat
     assert_equal_runs(tmp_path / "run", whole)
 
 
+def test_half_a_last_line_of_the_log_is_dropped(tmp_path):
+    """What a killed process leaves; the lines of steps after the checkpoint go too."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    run.trim_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("damage", [b'{"st', b"\xff\xfe", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}'])
+def test_a_damaged_line_within_the_log_is_one_clear_error(damage: bytes, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(before := b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl:2: .*mend or remove it"):
+        run.trim_log(path, 2)
+    assert path.read_bytes() == before
+
+
 def test_resuming_a_finished_run_writes_the_model_again(whole, tmp_path):
     path = tiny_recipe.write(tmp_path)
     train(path, out=tmp_path / "run")

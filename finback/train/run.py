@@ -99,17 +99,18 @@ def write_log(path: Path, record: dict[str, Any]) -> None:
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: the resumed run writes them again."""
+    """Drop the lines of steps after `step`: the resumed run writes them again. A line that is damaged is an error."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a killed process
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):  # the last line may be half of one, of a killed process
+                raise UserError(f"{path}:{number}: not a line of this log; mend or remove it, then --resume") from None
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
