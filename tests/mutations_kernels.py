@@ -97,6 +97,13 @@ MUTATIONS = [
     ),
     Mutation(
         ROTARY,
+        "memory_format=torch.contiguous_format, copy=True)",
+        "copy=True)",
+        ["test_kernels.py::test_rotation_of_a_tensor_in_another_order_of_memory"],
+        "numbers that do not lie side by side cannot be seen as complex ones",
+    ),
+    Mutation(
+        ROTARY,
         "contiguous_format, copy=True)",
         "contiguous_format)",
         [TEST_ROTARY],

@@ -200,8 +200,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/precision.py",
-        "x if x.dtype == torch.float64 else x.float()",
-        "x.float()",
+        "torch.float64 if x.dtype == torch.float64 else torch.float32",
+        "torch.float32",
         [f"{TEST_GRADIENT}::test_directional_derivative_of_all_three_losses"],
         "a float64 model computes in float32 and no gradient can be checked",
     ),

@@ -240,7 +240,7 @@ MUTATIONS = [
     ),
     Mutation(
         RUN,
-        'if record["step"] <= step:',
+        'if json.loads(line)["step"] <= step:',
         "if True:",
         [f"{TEST_RUN}::test_steps_then_resume_equal_the_uninterrupted_run"],
         "the log holds steps twice",

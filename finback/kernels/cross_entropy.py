@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.kernels.precision import compute_dtype
+from finback.kernels.precision import compute_dtype, wide_dtype
 from finback.kernels.reference import IGNORED
 from finback.kernels.tiles import tiles
 
@@ -34,7 +34,7 @@ def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor, dtype: torch.dtype) 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden_ND)
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         need = any(ctx.needs_input_grad)
         d_hidden = torch.zeros_like(hidden_ND) if need else None

@@ -10,6 +10,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32; float64 where x already is, which finite differences and enumerations need."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """x in float32; in float64 where it already is, which finite differences and enumerations need."""
-    return x if x.dtype == torch.float64 else x.float()
+    """x in its `wide_dtype`."""
+    return x.to(wide_dtype(x))

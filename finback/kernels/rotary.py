@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.kernels.precision import wide
+from finback.kernels.precision import wide_dtype
 from finback.kernels.tiles import tiles
 
 
@@ -18,7 +18,7 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x_N, out_N, turn_N = x.flatten(0, 1), out.flatten(0, 1), turn.flatten(0, 1)
     for rows in tiles(x_N):
-        part = x_N[rows].to(wide(x_N[:0]).dtype, memory_format=torch.contiguous_format, copy=True)
+        part = x_N[rows].to(wide_dtype(x), memory_format=torch.contiguous_format, copy=True)
         torch.view_as_complex(part.unflatten(-1, (-1, 2))).mul_(turn_N[rows])
         out_N[rows] = part
     return out
