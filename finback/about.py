@@ -24,13 +24,15 @@ def describe(model: str) -> dict[str, Any]:
     count = sizes(config)
     precision = settings.get("torch_dtype") or settings.get("dtype") or "bfloat16"
     per_number = _BYTES.get(precision, 2)
-    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.num_hidden_layers
-    latent = cache_numbers(config)
+    value = config.query_dim if config.kv_lora_rank is None else config.v_head_dim
+    nope = config.query_dim if config.kv_lora_rank is None else config.qk_nope_head_dim
+    heads = config.num_attention_heads * (nope + value) * config.num_hidden_layers
+    cached = cache_numbers(config)
     scaled = config.rope_scaling
     return {
         "model": model,
         "folder": str(folder),
-        "architecture": settings.get("architectures", ["DeepseekV3ForCausalLM"])[0],
+        "architecture": config.family.architecture,
         "layers": config.num_hidden_layers,
         "dense_layers": min(config.first_k_dense_replace, config.num_hidden_layers),
         "mtp_layers": config.num_nextn_predict_layers,
@@ -44,12 +46,14 @@ def describe(model: str) -> dict[str, Any]:
         "parameters_mtp": count.mtp,
         "precision": settings.get("quantization_config", {}).get("quant_method", precision),
         "weights_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        "cache_numbers_per_token": latent,
-        "cache_bytes_per_token": latent * per_number,
+        "cache_numbers_per_token": cached,
+        "cache_bytes_per_token": cached * per_number,
         "multi_head_cache_bytes_per_token": heads * per_number,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
-        "yarn": None if scaled is None else f"x{scaled.factor:g} from {scaled.original_max_position_embeddings:,}",
+        "rope_scaling": None
+        if scaled is None
+        else f"x{scaled.factor:g} from {scaled.original_max_position_embeddings:,}",
     }
 
 

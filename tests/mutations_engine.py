@@ -12,8 +12,8 @@ BRUTE = f"{TEST_SAMPLING}::test_distribution_equals_brute_force"
 MUTATIONS = [
     Mutation(
         CACHE,
-        "self.width = config.kv_lora_rank + config.qk_rope_head_dim",
-        "self.width = config.kv_lora_rank + config.qk_rope_head_dim + 1",
+        "self.width = config.cache_width",
+        "self.width = config.cache_width + 1",
         [f"{TEST_CACHE}::test_v3_costs_70272_bytes_a_token_in_bf16"],
         "a token costs more than latent and rope",
     ),

@@ -25,8 +25,8 @@ MUTATIONS = [
     ),
     Mutation(
         MOE,
-        "grouped.topk(2, dim=-1)",
-        "grouped.topk(1, dim=-1)",
+        "1 if bias is None else 2, dim=-1",
+        "1, dim=-1",
         [f"{TEST_ROUTER}::test_a_group_is_scored_by_its_two_best_together"],
         "a group is scored by its best, as in V2",
     ),
@@ -102,8 +102,8 @@ MUTATIONS = [
     ),
     Mutation(
         ROPE,
-        "scaling.mscale_all_dim) ** 2 if",
-        "scaling.mscale_all_dim) if",
+        "scaling.mscale_all_dim) ** 2",
+        "scaling.mscale_all_dim)",
         [f"{TEST_ROPE}::test_v3_softmax_scale"],
         "the softmax scale takes m once, not squared",
     ),
@@ -116,8 +116,8 @@ MUTATIONS = [
     ),
     Mutation(
         CONFIG,
-        "self.max_position_embeddings > scaling.original",
-        "self.max_position_embeddings >= scaling.original",
+        "self.max_position_embeddings <= scaling.original",
+        "self.max_position_embeddings < scaling.original",
         [f"{TEST_ROPE}::test_yarn_is_off_until_the_context_is_extended"],
         "YaRN is on in a model that was never extended",
     ),

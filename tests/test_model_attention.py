@@ -80,15 +80,15 @@ def test_cached_equals_whole_for_every_shape(changes, sizes):
 
 def test_naive_and_absorbed_forms_agree(monkeypatch):
     """The same step forced through either form, and each form really ran."""
-    from finback.model.attention import Attention
+    from finback.model.attention import LatentAttention
 
     model, ids, ran = tiny_model(CONFIG), tokens(2, LENGTH), []
     for form in ("_naive", "_absorbed"):
-        plain = getattr(Attention, form)
-        monkeypatch.setattr(Attention, form, lambda *a, plain=plain, form=form: ran.append(form) or plain(*a))
+        plain = getattr(LatentAttention, form)
+        monkeypatch.setattr(LatentAttention, form, lambda *a, plain=plain, form=form: ran.append(form) or plain(*a))
     results = {}
     for form, break_even in (("_naive", 0.0), ("_absorbed", float("inf"))):
-        monkeypatch.setattr(Attention, "_break_even", lambda self, value=break_even: value)
+        monkeypatch.setattr(LatentAttention, "_break_even", lambda self, value=break_even: value)
         ran.clear()
         results[form] = in_chunks(model, ids, [4, 10])[:, 4:]
         assert ran[-CONFIG.num_hidden_layers :] == [form] * CONFIG.num_hidden_layers

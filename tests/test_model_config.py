@@ -98,7 +98,8 @@ def test_the_newer_form_means_the_same(scaling):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "deepseek_v2"}, "deepseek_v2"),
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"model_type": ["deepseek_v3"]}, "model_type"),
         ({"scoring_func": "softmax"}, "softmax"),
         ({"topk_method": "group_limited_greedy"}, "group_limited_greedy"),
         ({"hidden_act": "gelu"}, "gelu"),

@@ -43,7 +43,8 @@ def tiny_model(config: Config, seed: int = 0) -> Model:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise * 1.5 * parameter.shape[-1] ** -0.5)
         for _, router in model.routers():
-            router.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=generator) * 0.3)
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=generator) * 0.3)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The latent cache of multi-head latent attention: [normed latent | roped shared key] per token and layer.
+"""The cache: per token and layer [normed latent | roped shared key], or [keys | values] of plain attention.
 
 Source: DeepSeek-V2 technical report, 2.1. Contiguous: one row a sequence, the slot in a row is the token's position.
 """
@@ -10,7 +10,7 @@ from finback.model.config import Config
 
 
 class LatentCache:
-    """Entries of many sequences, [layer, row B, slot S, C] with C = kv_lora_rank + qk_rope_head_dim.
+    """Entries of many sequences, [layer, row B, slot S, C] with C = config.cache_width.
 
     Exactly C x num_hidden_layers numbers a token. Rows (at most `max_rows`) and slots (at most the context) grow by
     doubling as they are needed.
@@ -21,7 +21,7 @@ class LatentCache:
     ) -> None:
         self.max_rows = max_rows
         self.layers = config.num_hidden_layers
-        self.width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.width = config.cache_width
         self.context = config.max_position_embeddings
         self.storage = torch.zeros(self.layers, 0, 0, self.width, dtype=dtype, device=device)
 

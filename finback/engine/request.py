@@ -111,7 +111,7 @@ class Request:
     def done(self) -> bool:
         return self.finish_reason is not None
 
-    def accept(self, choice: Choice, eos_id: int) -> None:
+    def accept(self, choice: Choice, eos_id: int | None) -> None:
         """Append a chosen token and finish if it is the last."""
         self.ids.append(choice.token)
         self.choices.append(choice)

@@ -16,12 +16,15 @@ from finback.model.config import Config
 from finback.model.linear import Linear, RMSNorm
 from finback.model.rope import rotation, softmax_scale
 
+# Of the latents' norms, whatever rms_norm_eps says (Moonlight's is 1e-5): so the checkpoints' own code has it.
+_EPS = 1e-6
+
 
 class Cache(Protocol):
     """Where attention writes what it must remember and reads it back. Slot s of a row holds position s."""
 
     def write(self, layer: int, entry_BTC: Tensor) -> None:
-        """Store the entries [latent | roped key] of this call's tokens at their positions."""
+        """Store the entries ([latent | roped key], or [keys | values]) of this call's tokens at their positions."""
 
     def read(self, layer: int) -> Tensor:
         """Every slot up to the furthest position written, [B, S, C]; what lies past a row's end is never attended."""
@@ -49,7 +52,7 @@ class Context:
         return cls(rotation(config, positions_BT), positions_BT, mask, cache)
 
 
-class Attention(nn.Module):
+class LatentAttention(nn.Module):
     """Latent attention of one layer; `layer` is its absolute index, the cache's key."""
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -57,16 +60,18 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         self.scale = softmax_scale(config)
         heads, hidden = config.num_attention_heads, config.hidden_size
-        query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        assert config.kv_lora_rank is not None
+        self.rank = config.kv_lora_rank
+        query = heads * config.query_dim
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, query)
         else:
             self.q_a_proj = Linear(hidden, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _EPS)
             self.q_b_proj = Linear(config.q_lora_rank, query)
         self.kv_a_proj_with_mqa = Linear(hidden, config.cache_width)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.kv_a_layernorm = RMSNorm(self.rank, _EPS)
+        self.kv_b_proj = Linear(self.rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
@@ -96,14 +101,12 @@ class Attention(nn.Module):
 
     def _entry(self, x_BTD: Tensor, context: Context) -> Tensor:
         """What is remembered of each token: the normed latent and the roped shared key, [B, T, C]."""
-        latent, key = self.kv_a_proj_with_mqa(x_BTD).split(
-            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1
-        )
+        latent, key = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.config.qk_rope_head_dim), dim=-1)
         return torch.cat((self.kv_a_layernorm(latent), dispatch.rotate(key, context.turn)), dim=-1)
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask: Tensor | None) -> Tensor:
         heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim
-        latent, key = entry_BSC.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
+        latent, key = entry_BSC.split((self.rank, self.config.qk_rope_head_dim), dim=-1)
         expanded = self.kv_b_proj(latent).unflatten(-1, (heads, -1))
         k_nope, value = expanded.split((nope, self.config.v_head_dim), dim=-1)
         key = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, heads, -1).type_as(k_nope)), dim=-1)
@@ -111,15 +114,14 @@ class Attention(nn.Module):
         return dispatch.attention(query, key, value, self.scale, mask).flatten(-2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
-        rank = self.config.kv_lora_rank
         nope = self.config.qk_nope_head_dim
         weight_HXL = self.kv_b_proj.weight.dense().unflatten(0, (self.config.num_attention_heads, -1))
         query = torch.cat((torch.einsum("bthn,hnl->bthl", q_nope, weight_HXL[:, :nope]), q_rope), dim=-1)
-        mixed = dispatch.latent_attention(query, entry_BSC, rank, self.scale, mask_BTS)
+        mixed = dispatch.latent_attention(query, entry_BSC, self.rank, self.scale, mask_BTS)
         return torch.einsum("bthl,hvl->bthv", mixed, weight_HXL[:, nope:]).flatten(-2)
 
     def _break_even(self) -> float:
         """Fewer new tokens than this make the absorbed form the cheaper one (85 tokens for V3's 512, 128, 128 …)."""
-        rank, per_head = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        rank, per_head = self.rank, self.config.qk_nope_head_dim + self.config.v_head_dim
         saved = 2 * rank - per_head
         return rank * per_head / saved if saved > 0 else float("inf")

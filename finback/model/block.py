@@ -1,9 +1,10 @@
-"""One transformer layer: latent attention, then a dense feed-forward or a mixture of experts."""
+"""One transformer layer: attention, then a dense feed-forward or a mixture of experts."""
 
 from torch import Tensor, nn
 
-from finback.model.attention import Attention, Context
+from finback.model.attention import Context, LatentAttention
 from finback.model.config import Config
+from finback.model.grouped import GroupedAttention
 from finback.model.linear import MLP, RMSNorm
 from finback.model.moe import MoE, Routing
 
@@ -14,7 +15,8 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        attention = GroupedAttention if config.kv_lora_rank is None else LatentAttention
+        self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, layer) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 

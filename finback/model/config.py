@@ -1,9 +1,10 @@
-"""The configuration of a DeepSeek-V3 model, in the field names of the original `config.json`."""
+"""The configuration of a model of the family, in the field names of the original `config.json` files."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from finback.errors import UserError
+from finback.model.family import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -20,67 +21,88 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _check_types(self, "rope_scaling.")
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RopeScaling | None":
-        """Read `rope_scaling` (`type`) or the newer `rope_parameters` (`rope_type`); None where nothing is scaled."""
-        if not isinstance(values, dict):
-            raise UserError(f"config.json: rope_scaling = {values!r}; it must be null or an object such as {_YARN}")
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind == "default":
-            return None
-        if kind != "yarn":
-            raise UserError(f"config.json: rope_scaling type {kind!r} is not known; allowed: yarn, or none")
-        known = {f.name for f in fields(cls)}
-        try:
-            return cls(**{name: value for name, value in values.items() if name in known and value is not None})
-        except TypeError as error:
-            raise UserError(f"config.json: rope_scaling {values}: {error}") from error
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's: long wavelengths are stretched by `factor`, short ones stay, those between are blended."""
+
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_types(self, "rope_scaling.")
+        if self.high_freq_factor <= self.low_freq_factor or not self.factor:
+            raise UserError(f"config.json: rope_scaling = {asdict(self)}; high_freq_factor must exceed low_freq_factor")
+
+
+Scaling = RopeScaling | Llama3Scaling
+_SCALINGS: dict[str, type[RopeScaling] | type[Llama3Scaling]] = {"yarn": RopeScaling, "llama3": Llama3Scaling}
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes and constants of one model; defaults are DeepSeek-V3's own (facts: `config.json` of V3 and R1).
 
-    A `q_lora_rank` of None means one full-rank query projection. `initializer_range` is the paper's 0.006.
+    `model_type` names the family, `kv_lora_rank` None means plain attention with `num_key_value_heads` heads of
+    `head_dim` numbers, `q_lora_rank` None one full-rank query projection, `n_routed_experts` 0 that every layer is
+    dense. `initializer_range` is the paper's 0.006.
     """
 
+    model_type: str = "deepseek_v3"
     vocab_size: int = 129280
     hidden_size: int = 7168
     intermediate_size: int = 18432
-    moe_intermediate_size: int = 2048
     num_hidden_layers: int = 61
     num_nextn_predict_layers: int = 0
     num_attention_heads: int = 128
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    moe_intermediate_size: int = 2048
     n_shared_experts: int = 1
     n_routed_experts: int = 256
     num_experts_per_tok: int = 8
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
     n_group: int = 8
     topk_group: int = 4
     first_k_dense_replace: int = 3
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
+    kv_lora_rank: int | None = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
     tie_word_embeddings: bool = False
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 1
 
     def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise UserError(
+                f"config.json: model_type = {self.model_type!r} is not known; allowed: {', '.join(FAMILIES)}"
+            )
         _check_types(self)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} = {getattr(self, name)}; it must be at least 1")
-        if self.qk_rope_head_dim % 2:
-            raise UserError(f"config.json: qk_rope_head_dim = {self.qk_rope_head_dim}; it must be even (pairs turn)")
-        if self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers:
+        if self.rope_dim % 2:
+            name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
+            raise UserError(f"config.json: {name} = {self.rope_dim}; it must be even (pairs turn)")
+        if self.num_attention_heads % self.kv_heads:
+            raise UserError(
+                f"config.json: num_attention_heads = {self.num_attention_heads} cannot share num_key_value_heads = "
+                f"{self.kv_heads}; the first must be a multiple of the second"
+            )
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        if any(self.is_moe(layer) for layer in (layers - 1, self.num_hidden_layers - 1)):
             self._check_experts()
 
     def _check_experts(self) -> None:
@@ -99,20 +121,47 @@ class Config:
             )
 
     @property
-    def cache_width(self) -> int:
-        """Numbers cached per token and layer: the latent and the one roped key that all heads share."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
-    def active_scaling(self) -> RopeScaling | None:
-        """YaRN, only where the context was extended: `max_position_embeddings` past the original length."""
+    def kv_heads(self) -> int:
+        """Heads of keys and values of plain attention."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def query_dim(self) -> int:
+        """Numbers of one head's query and key."""
+        if self.kv_lora_rank is not None:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """How many of them turn with the position: the rope part of latent attention, all of plain attention."""
+        return self.qk_rope_head_dim if self.kv_lora_rank is not None else self.query_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached per token and layer: latent and shared roped key, or the keys and values of all KV heads."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.kv_heads * self.query_dim
+
+    @property
+    def active_scaling(self) -> Scaling | None:
+        """The scaling in force. YaRN only where the context was extended: past the original length."""
         scaling = self.rope_scaling
-        extended = scaling is not None and self.max_position_embeddings > scaling.original_max_position_embeddings
-        return scaling if extended else None
+        if (
+            isinstance(scaling, RopeScaling)
+            and self.max_position_embeddings <= scaling.original_max_position_embeddings
+        ):
+            return None
+        return scaling
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer at this absolute index has experts (MTP layers, past the end, always do)."""
-        return layer >= self.first_k_dense_replace
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
@@ -121,36 +170,58 @@ class Config:
         Keys that say nothing about the computation are ignored; a value that asks for another architecture raises
         UserError.
         """
-        for key, allowed in _FIXED.items():
+        name = values.get("model_type", "deepseek_v3")
+        family = FAMILIES.get(name) if isinstance(name, str) else None
+        if family is None:
+            raise UserError(f"config.json: model_type = {name!r} is not known; allowed: {', '.join(FAMILIES)}")
+        for key, allowed in family.fixed.items():
             if values.get(key, allowed[0]) not in allowed:
                 raise UserError(f"config.json: {key} = {values[key]!r} is not supported; allowed: {allowed[0]!r}")
         values = {key: value for key, value in values.items() if value is not None or key == "q_lora_rank"}
         rope = values.get("rope_parameters") or {}
-        scaling = RopeScaling.from_dict(values.get("rope_scaling") or rope)
-        known = {f.name for f in fields(cls)}
+        scaling = _scaling(values.get("rope_scaling") or rope, values)
+        known = set(family.fields)
         kept = {key: value for key, value in values.items() if key in known and key != "rope_scaling"}
         if "rope_theta" in rope:
             kept["rope_theta"] = rope["rope_theta"]
-        try:
-            return cls(**kept, rope_scaling=scaling)
-        except TypeError as error:
-            raise UserError(f"config.json: {error}") from error
+        for key in ("bos_token_id", "eos_token_id"):
+            if isinstance(kept.get(key), list):  # transformers allows several ends; the tokenizer knows them
+                kept[key] = next(iter(kept[key]), None)
+        return cls(**{"model_type": name, **family.defaults, **kept}, rope_scaling=scaling)
 
     def to_dict(self) -> dict[str, Any]:
         """The original `config.json` form, readable by DeepSeek's own loaders and by transformers."""
-        values = asdict(self)
+        family = self.family
+        values = {key: value for key, value in asdict(self).items() if key in family.fields}
+        if values.get("head_dim") is None:
+            values.pop("head_dim", None)
         if self.rope_scaling is not None:
-            values["rope_scaling"] = {"type": "yarn", **asdict(self.rope_scaling)}
-        fixed = {key: allowed[0] for key, allowed in _FIXED.items()}
-        return {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            **fixed,
-            "num_key_value_heads": self.num_attention_heads,
-            **values,
-        }
+            kind = next(kind for kind, known in _SCALINGS.items() if isinstance(self.rope_scaling, known))
+            values["rope_scaling"] = {family.scaling_key: kind, **asdict(self.rope_scaling)}
+        fixed = {key: allowed[0] for key, allowed in family.fixed.items()}
+        heads = {"num_key_value_heads": self.kv_heads}
+        return {"architectures": [family.architecture], "model_type": self.model_type, **fixed, **values, **heads}
 
 
-def _check_types(values: "Config | RopeScaling", prefix: str = "") -> None:
+def _scaling(values: Any, config: dict[str, Any]) -> Scaling | None:
+    """Read `rope_scaling` (`type`) or the newer `rope_parameters` (`rope_type`); None where nothing is scaled."""
+    if not isinstance(values, dict):
+        raise UserError(f"config.json: rope_scaling = {values!r}; it must be null or an object such as {_YARN}")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in _SCALINGS:
+        raise UserError(
+            f"config.json: rope_scaling type {kind!r} is not known; allowed: {', '.join(_SCALINGS)}, or none"
+        )
+    known = {f.name for f in fields(_SCALINGS[kind])}
+    try:
+        return _SCALINGS[kind](**{name: value for name, value in values.items() if name in known and value is not None})
+    except TypeError as error:
+        raise UserError(f"config.json: rope_scaling {values}: {error}") from error
+
+
+def _check_types(values: "Config | Scaling", prefix: str = "") -> None:
     """Raise UserError for a field below 0 or not of its declared type (a whole number may stand for a float)."""
     for field in fields(values):
         value = getattr(values, field.name)
@@ -158,22 +229,13 @@ def _check_types(values: "Config | RopeScaling", prefix: str = "") -> None:
         if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
             wanted = getattr(field.type, "__name__", str(field.type))
             raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must be {wanted}")
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must not be negative")
+        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+            raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must not be negative, nor infinite")
 
 
 _YARN = '{"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}'
 _AT_LEAST_ONE = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_experts_per_tok", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("num_key_value_heads", "moe_intermediate_size"),
 )
-# What this architecture fixes: the first value is written, any of them is read.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v3",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "moe_layer_freq": (1,),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "rope_interleave": (True,),
-}

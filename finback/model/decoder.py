@@ -79,12 +79,13 @@ class Model(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Every matrix normal with standard deviation `initializer_range` (V3 TR 4.2: 0.006), norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 values = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
                 parameter.copy_(values)
         for _, router in self.routers():
-            router.e_score_correction_bias.zero_()
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.zero_()
             router.load.zero_()

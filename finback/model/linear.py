@@ -9,14 +9,15 @@ from finback.model.weight import DenseWeight, Weight
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ, without bias (no DeepSeek-V3 projection has one). W is [out_features, in_features]."""
+    """y = x Wᵀ (+ bias, which only Qwen2's queries, keys and values have). W is [out_features, in_features]."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight: Weight = DenseWeight(out_features, in_features)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.dense())
+        return F.linear(x, self.weight.dense(), self.bias)
 
 
 class Experts(nn.Module):

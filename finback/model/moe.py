@@ -1,4 +1,7 @@
-"""DeepSeekMoE with auxiliary-loss-free balancing: V3 TR 2.1.2; checkpoint behaviour where the two differ."""
+"""DeepSeekMoE: V3's router with auxiliary-loss-free balancing (V3 TR 2.1.2), V2's and the first one's (V2 TR 2.2).
+
+Checkpoint behaviour where paper and files differ.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +16,22 @@ Routing = dict[int, Tensor]
 
 
 class Router(nn.Module):
-    """Sigmoid affinities in fp32, group-limited top-k; the correction bias selects and never weighs.
+    """Affinities in fp32, sigmoid or softmax, and group-limited top-k of them.
 
+    Where the config's `topk_method` is "noaux_tc" a correction bias selects and never weighs; elsewhere it is None.
     After a forward call in training mode, `balance_loss` is the sequence-wise loss of V3 TR eq. 17–20 without its
     alpha, and `load` has grown by the number of tokens each expert received.
     """
 
-    e_score_correction_bias: Tensor
+    e_score_correction_bias: Tensor | None
     load: Tensor
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        corrected = config.topk_method == "noaux_tc"
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts) if corrected else None)
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
         self.balance_loss: Tensor | None = None
 
@@ -34,7 +39,8 @@ class Router(nn.Module):
         """Returns the chosen experts and their weights, both [N, K] with N = B·T."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             x_ND = wide(x_BTD.flatten(0, 1))
-            scores_NE = F.linear(x_ND, self.weight.to(x_ND.dtype)).sigmoid()
+            logits_NE = F.linear(x_ND, self.weight.to(x_ND.dtype))
+            scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         if routing is not None and self.layer in routing:
             experts_NK = routing[self.layer]
         else:
@@ -46,15 +52,22 @@ class Router(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         if self.training:
             self._observe(scores_NE, experts_NK, x_BTD.shape[0])
+        # V3 normalises and scales; the older ones scale exactly what they do not normalise.
+        if self.config.scoring_func == "softmax" and self.config.norm_topk_prob:
+            return experts_NK, weights_NK
         return experts_NK, weights_NK * self.config.routed_scaling_factor
 
     def select(self, scores_NE: Tensor) -> Tensor:
-        """Top-k of score + bias among the `topk_group` groups whose two best sum highest; the rest count as -inf."""
-        choice_NE = scores_NE + self.e_score_correction_bias
+        """Top-k among the `topk_group` best groups; the rest count as -inf.
+
+        V3: of score + bias, groups by the sum of their two best. V2: of the score, groups by their best.
+        """
+        bias = self.e_score_correction_bias
+        choice_NE = scores_NE if bias is None else scores_NE + bias
         groups = self.config.n_group
-        if groups > 1:
+        if groups > 1 and self.config.topk_method != "greedy":
             grouped = choice_NE.unflatten(1, (groups, -1))
-            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+            group_scores = grouped.topk(1 if bias is None else 2, dim=-1).values.sum(-1)
             kept = group_scores.topk(self.config.topk_group, dim=-1, sorted=False).indices
             dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
             choice_NE = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
@@ -79,9 +92,11 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config, layer)
         self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
-        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, width) if width else None
 
     def forward(self, x_BTD: Tensor, routing: Routing | None = None) -> Tensor:
         experts_NK, weights_NK = self.gate(x_BTD, routing)
         routed_ND = self.experts(x_BTD.flatten(0, 1), experts_NK, weights_NK)
-        return routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)
+        routed_BTD = routed_ND.view_as(x_BTD)
+        return routed_BTD if self.shared_experts is None else routed_BTD + self.shared_experts(x_BTD)

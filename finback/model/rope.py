@@ -1,4 +1,4 @@
-"""Rotary positions with YaRN, in the checkpoint's interleaved layout (pairs (0, 1), (2, 3), …).
+"""Rotary positions, with the two ways the family stretches them: YaRN and Llama 3.1's.
 
 V3 TR 4.3; V2 TR 3.1.4; DeepSeek-V3 `inference/model.py`. YaRN has two parts, slower frequencies and a larger softmax
 scale, and both apply only to a model whose context was extended: `max_position_embeddings` greater than
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from finback.model.config import Config, RopeScaling
+from finback.model.config import Config, Llama3Scaling, RopeScaling
 
 
 def _magnitude(factor: float, mscale: float) -> float:
@@ -18,10 +18,11 @@ def _magnitude(factor: float, mscale: float) -> float:
 
 
 def softmax_scale(config: Config) -> float:
-    """(nope + rope)^-1/2, times m(factor, mscale_all_dim)² where YaRN is on."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    scaling = config.active_scaling
-    return scale * _magnitude(scaling.factor, scaling.mscale_all_dim) ** 2 if scaling else scale
+    """(numbers of a head's query)^-1/2, times m(factor, mscale_all_dim)² where YaRN is on."""
+    scale, scaling = config.query_dim**-0.5, config.active_scaling
+    if isinstance(scaling, RopeScaling):
+        return scale * _magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
 
 
 def correction_range(scaling: RopeScaling, rope_dim: int, theta: float) -> tuple[int, int]:
@@ -37,15 +38,25 @@ def correction_range(scaling: RopeScaling, rope_dim: int, theta: float) -> tuple
 
 def inverse_frequencies(config: Config) -> Tensor:
     """Turn per position of each of the rope_dim / 2 pairs, in radians; float32 [rope_dim / 2]."""
-    dim = config.qk_rope_head_dim
+    dim = config.rope_dim
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaling = config.active_scaling
     if scaling is None:
         return inverse
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(scaling, inverse)
     low, high = correction_range(scaling, dim, config.rope_theta)
     steps = torch.arange(dim // 2, dtype=torch.float32)
     ramp = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
     return inverse * (1 - ramp) + inverse / scaling.factor * ramp
+
+
+def _llama3(scaling: Llama3Scaling, inverse: Tensor) -> Tensor:
+    """Pairs that turn less than low_freq_factor times in the original context are slowed, fast ones are kept."""
+    turns = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return inverse * kept + inverse / scaling.factor * (1 - kept)
 
 
 def rotation(config: Config, positions_BT: Tensor) -> Tensor:
@@ -53,6 +64,6 @@ def rotation(config: Config, positions_BT: Tensor) -> Tensor:
     angles = positions_BT.float().unsqueeze(-1) * inverse_frequencies(config).to(positions_BT.device)
     scaling = config.active_scaling
     length = 1.0
-    if scaling:
+    if isinstance(scaling, RopeScaling):
         length = _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
     return torch.polar(torch.full_like(angles, length), angles)

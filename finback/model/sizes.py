@@ -59,9 +59,12 @@ def sizes(config: Config) -> Sizes:
 
 
 def attention_parameters(config: Config) -> int:
-    """The projections of one layer's latent attention, without norms: 187,105,280 for V3."""
+    """The projections of one layer's attention, biases included and norms not: 187,105,280 for V3."""
     heads, hidden = config.num_attention_heads, config.hidden_size
-    query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    query = heads * config.query_dim
+    if config.kv_lora_rank is None:
+        outputs = query + 2 * config.kv_heads * config.query_dim
+        return hidden * (outputs + query) + (outputs if config.family.qkv_bias else 0)
     rank = config.q_lora_rank
     queries = hidden * query if rank is None else hidden * rank + rank * query
     keys_values = hidden * config.cache_width + config.kv_lora_rank * heads * (
@@ -71,7 +74,7 @@ def attention_parameters(config: Config) -> int:
 
 
 def cache_numbers(config: Config, mtp: bool = False) -> int:
-    """Numbers cached per token: (kv_lora_rank + qk_rope_head_dim) x layers, 35,136 for V3; `mtp` adds its layers."""
+    """Numbers cached per token: `config.cache_width` x layers, 35,136 for V3; `mtp` adds its layers."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
     return config.cache_width * layers
 
@@ -85,13 +88,14 @@ def flops_per_token(config: Config, context: int) -> int:
     counts = sizes(config)
     head = config.vocab_size * config.hidden_size
     weights = counts.active_without_embedding - counts.norms - counts.head + head
-    per_pair = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    value = config.query_dim if config.kv_lora_rank is None else config.v_head_dim
+    per_pair = config.num_attention_heads * (config.query_dim + value)
     return 2 * weights + 2 * config.num_hidden_layers * per_pair * context
 
 
 def _norms(config: Config) -> int:
     """Norm weights of one layer: before attention, before the feed-forward, and on the latents."""
-    return 2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0)
+    return 2 * config.hidden_size + (config.kv_lora_rank or 0) + (config.q_lora_rank or 0)
 
 
 def _mtp(config: Config, layer: int) -> int:

@@ -74,7 +74,8 @@ def update_biases(model: Model, gamma: float) -> float:
     worst = 0.0
     for _, router in model.routers():
         mean = router.load.mean()
-        router.e_score_correction_bias += gamma * torch.sign(mean - router.load)
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias += gamma * torch.sign(mean - router.load)
         worst = max(worst, float(router.load.max() / mean.clamp(min=1e-9)))
         router.load.zero_()
     return worst
