@@ -1,7 +1,6 @@
 """What this machine has, what is missing, and what to do about it."""
 
 import importlib.util
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import finback
+from finback import machine
 from finback.paths import PACKAGE, home
 
 _FEATURES = {"avx2": "avx2", "avx512": "avx512f", "amx": "amx_tile", "neon": "asimd"}
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _GIB = 2**30
 
 
@@ -24,11 +23,11 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         **_torch(),
         "processor": _processor(),
-        "cpus": _cpus(),
+        "cpus": machine.cpus(),
         "cpu_features": _features(),
-        "memory": _memory("MemTotal"),
-        "memory_available": _memory("MemAvailable"),
-        "memory_limit": _memory_limit(),
+        "memory": machine.memory(),
+        "memory_available": machine.memory("MemAvailable"),
+        "memory_limit": machine.memory_limit(),
         "home": str(home()),
         "disk_free": _disk_free(home()),
         "models": sorted({p.parent.name for root in (home(), PACKAGE) for p in root.glob("models/*/config.json")}),
@@ -76,16 +75,8 @@ def _advice(facts: dict[str, Any]) -> list[str]:
     return found
 
 
-def _read(path: str | Path) -> str:
-    """A file of the system, empty where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _cpuinfo(key: str) -> str | None:
-    lines = _read("/proc/cpuinfo").splitlines()
+    lines = machine.read("/proc/cpuinfo").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)
 
 
@@ -93,27 +84,10 @@ def _processor() -> str | None:
     return _cpuinfo("model name") or platform.processor() or None
 
 
-def _cpus() -> int:
-    """The CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _features() -> list[str] | None:
     """What native kernels can use, or None where the system does not tell."""
     flags = _cpuinfo("flags") or _cpuinfo("Features")
     return None if flags is None else [name for name, flag in _FEATURES.items() if flag in flags.split()]
-
-
-def _memory(key: str) -> int | None:
-    lines = _read("/proc/meminfo").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def _memory_limit() -> int | None:
-    """The cgroup's limit (a container's), None where there is none."""
-    found = [int(text) for path in _LIMITS if (text := _read(path).strip()).isdigit()]
-    total = _memory("MemTotal")
-    return next((limit for limit in found if total is None or limit < total), None)
 
 
 def _disk_free(folder: Path) -> int | None:

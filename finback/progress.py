@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 
 class Bar:
@@ -25,7 +25,7 @@ class _RichBar(Bar):
 
 
 @contextmanager
-def bar(total: float | None, description: str, done: float = 0) -> Iterator[Bar]:
+def bar(total: float | None, description: str, done: float = 0, unit: Literal["", "bytes"] = "") -> Iterator[Bar]:
     """A bar with the time that remains; `done` of `total` (None: unknown) is behind us already."""
     if not sys.stderr.isatty():
         yield Bar()
@@ -33,17 +33,19 @@ def bar(total: float | None, description: str, done: float = 0) -> Iterator[Bar]
     from rich.console import Console
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
 
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        *([DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[fields]}", markup=False),

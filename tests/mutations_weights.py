@@ -3,7 +3,9 @@
 from mutations import Mutation
 
 LAYOUT, STORE, READER, WRITER = "weights/layout.py", "weights/store.py", "weights/reader.py", "weights/writer.py"
+QUANTISE, WEIGHT, PACKS = "kernels/quantise.py", "model/weight.py", "weights/packs.py"
 TEST_FOLDER, TEST_ERRORS = "test_weights_folder.py", "test_weights_errors.py"
+PACKED = "test_weights_packed.py"
 
 MUTATIONS = [
     Mutation(
@@ -22,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         LAYOUT,
-        'yield f"model.layers.{layer}.shared_head.head.weight", head',
+        'twins += [(f"model.layers.{layer}.shared_head.head.weight", head)]',
         "pass",
         [f"{TEST_FOLDER}::test_the_mtp_layer_repeats_embedding_and_head"],
         "the MTP layer lacks the head that other loaders read",
@@ -36,15 +38,15 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "if shards[-1] and size + tensor.nbytes > limit:",
-        "if shards[-1] and size > limit:",
+        "if shard and size + tensor.nbytes > limit:",
+        "if shard and size > limit:",
         [f"{TEST_FOLDER}::test_shards_stay_below_the_limit_and_are_indexed"],
         "shards grow past the limit",
     ),
     Mutation(
         STORE,
-        "if Path(str(file)).name != file:",
-        "if not isinstance(file, str):",
+        "not isinstance(file, str) or Path(file).name != file",
+        "not isinstance(file, str)",
         [f"{TEST_ERRORS}::test_an_index_may_name_files_of_its_folder_only"],
         "an index reads files anywhere",
     ),
@@ -57,8 +59,8 @@ MUTATIONS = [
     ),
     Mutation(
         READER,
-        "if (shape := checkpoint.shape(disk)) != wanted:",
-        "if len(shape := checkpoint.shape(disk)) != len(wanted):",
+        "if source.shape(part) != shape:",
+        "if len(source.shape(part)) != len(shape):",
         [f"{TEST_ERRORS}::test_a_wrong_shape_is_named_with_both_shapes"],
         "a wrong shape is a crash, or silently broadcast",
     ),
@@ -117,5 +119,66 @@ MUTATIONS = [
         "patterns(folder, names)",
         [f"{TEST_FOLDER}::test_saving_again_replaces_what_was_and_keeps_the_rest"],
         "files in subfolders of a model are lost",
+    ),
+    Mutation(QUANTISE, "bitwise_and_(-0x7810)", "bitwise_and_(0x7F0)", [PACKED], "FP8 codes lose their sign"),
+    Mutation(QUANTISE, ".mul_(2.0**120)", ".mul_(2.0**119)", [PACKED], "FP8 codes are read as half of what they are"),
+    Mutation(
+        QUANTISE,
+        "slice(rows.start // self.row_block, -(-rows.stop // self.row_block))",
+        "slice(rows.start // self.row_block, rows.stop // self.row_block)",
+        [PACKED],
+        "the ragged last rows lose their scale",
+    ),
+    Mutation(
+        QUANTISE, "scale.log2().ceil()", "scale.log2().round()", [PACKED], "power-of-two scales overflow the codes"
+    ),
+    Mutation(
+        QUANTISE, "grouped & 15, grouped >> 4", "grouped >> 4, grouped & 15", [PACKED], "int4 halves are exchanged"
+    ),
+    Mutation(
+        QUANTISE, "better = error < best_error", "better = error > best_error", [PACKED], "the worst int4 scale wins"
+    ),
+    Mutation(WEIGHT, "outs, dim=-1", "outs[:1] * len(outs), dim=-1", [PACKED], "every panel is the first one"),
+    Mutation(
+        WEIGHT,
+        "[(expert, part) for part in range(self.parts)]",
+        "[(expert, part) for part in reversed(range(self.parts))]",
+        [PACKED],
+        "packed gate and up are exchanged",
+    ),
+    Mutation(
+        STORE,
+        "part.view(torch.uint8) & 127).eq(127)",
+        "part.view(torch.uint8) & 127).eq(128)",
+        [f"{TEST_ERRORS}::test_a_nan_code_in_fp8_is_named"],
+        "NaN in an FP8 file is read as 480",
+    ),
+    Mutation(
+        STORE,
+        "bad = doubtful and not part.isfinite().all()",
+        "bad = doubtful",
+        [f"{TEST_ERRORS}::test_large_numbers_are_not_mistaken_for_infinity"],
+        "large weights are called NaN",
+    ),
+    Mutation(
+        STORE,
+        "not part.sum(dtype=torch.float32).isfinite()",
+        "False",
+        [f"{TEST_ERRORS}::test_a_number_that_is_none_is_named"],
+        "NaN weights load and give NaN answers",
+    ),
+    Mutation(
+        PACKS,
+        "return kept if made_from == _stamp(folder) else None",
+        "return kept",
+        [f"{PACKED}::test_quantised_loading_is_kept_beside_the_model_and_reused"],
+        "a pack of other weights is read",
+    ),
+    Mutation(
+        LAYOUT,
+        'or name.endswith(".eh_proj.weight")',
+        "",
+        [f"{PACKED}::test_an_fp8_folder_is_what_deepseek_publishes"],
+        "eh_proj is written in FP8, which nobody reads",
     ),
 ]

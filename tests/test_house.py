@@ -15,7 +15,7 @@ PACKAGE = ROOT / "finback"
 
 # A file imports from its own folder and from floors below; ALSO lists the one neighbour that may be used.
 FLOORS = [
-    {"errors", "progress", "paths"},
+    {"errors", "machine", "progress", "paths"},
     {"tasks", "kernels"},
     {"model", "text"},
     {"engine", "weights"},
@@ -24,7 +24,10 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALSO = {("train", "evaluate")}
-WITHOUT_TORCH = {"errors", "progress", "paths", "tasks", "text", "__init__", "cli", "doctor", "terminal", "__main__"}
+WITHOUT_TORCH = {
+    *("errors", "machine", "progress", "paths", "tasks", "text"),
+    *("__init__", "cli", "doctor", "terminal", "__main__"),
+}
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich"}
 LAZY = {"httpx"}  # core, but imported by the one command that needs it

@@ -80,19 +80,65 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
     refused(folder, "'model.layers.1.mlp.experts.0.down_proj.weight'", "[12, 32]", "[32, 12]")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
 def test_a_dtype_that_is_not_read_is_named(folder, dtype):
     rewrite(folder, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32).to(dtype)})
     refused(folder, "'model.layers.0.mlp.up_proj.weight'", "BF16, F16, F32")
 
 
-def test_a_quantised_checkpoint_says_what_is_read(folder):
-    change(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    refused(folder, "quantization_config", "BF16")
+@pytest.mark.parametrize(
+    "how", [{"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}, "fp8"]
+)
+def test_another_quantisation_says_what_is_read(folder, how):
+    change(folder, quantization_config=how)
+    refused(folder, "quantization_config", "FP8 in blocks of 128 x 128", "GGUF")
 
 
-def test_quantised_loading_is_not_there(folder):
-    refused(folder, "int4", "not available", quantize="int4")
+def test_an_unknown_quantisation_lists_the_known(folder):
+    refused(folder, "int3", "fp8, int8, int4", quantize="int3")
+
+
+def test_fp8_and_scales_come_together(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = torch.zeros(48, 32).to(torch.float8_e4m3fn)
+    rewrite(folder, **{name: codes})
+    refused(folder, repr(name), "FP8 without", "_scale_inv")
+    rewrite(folder, **{name: codes, f"{name}_scale_inv": torch.ones(2, 1)})
+    refused(folder, "_scale_inv", "[2, 1]", "[1, 1]")
+    rewrite(folder, **{name: torch.zeros(48, 32), f"{name}_scale_inv": torch.ones(1, 1)})
+    refused(folder, repr(name), "not FP8")
+
+
+def test_a_norm_in_fp8_is_not_read(folder):
+    rewrite(folder, **{"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})
+    refused(folder, "'model.norm.weight'", "float8")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_number_that_is_none_is_named(folder, name, bad, dtype):
+    values = load_file(folder / "model.safetensors")[name]
+    values.view(-1)[-1] = bad
+    rewrite(folder, **{name: values})
+    refused(folder, "model.safetensors", repr(name), "NaN", dtype=dtype)
+
+
+def test_a_nan_code_in_fp8_is_named(folder):
+    save(load(folder), None, folder, quantize="fp8")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    codes = load_file(folder / "model.safetensors")[name]
+    codes.view(torch.uint8)[2, 3] = 0xFF
+    rewrite(folder, **{name: codes})
+    for dtype in ("auto", "float32"):
+        refused(folder, repr(name), "NaN", dtype=dtype)
+
+
+def test_large_numbers_are_not_mistaken_for_infinity(folder):
+    """Their sum overflows; they are fine."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, **{name: torch.full((48, 32), 3e38)})
+    assert load(folder).decoder.layers["0"].mlp.up_proj.weight.dense().max() == torch.tensor(3e38)
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", torch.int64])

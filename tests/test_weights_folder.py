@@ -1,7 +1,6 @@
 """Model folders: the original layout, both ways with transformers, and nothing lost."""
 
 import json
-import weakref
 from pathlib import Path
 
 import pytest
@@ -259,22 +258,3 @@ def test_rotary_tables_of_old_converters_are_ignored(tmp_path):
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(stored(tmp_path) | table, tmp_path / "model.safetensors")
     same(tiny_model(tiny()), load(tmp_path))
-
-
-def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch):
-    """No second copy of the model: each tensor of the file is gone before the next one is read."""
-    from finback.weights.store import Checkpoint
-
-    save(tiny_model(CONFIG), None, tmp_path)
-    alive: list[weakref.ref] = []
-    read = Checkpoint.tensor
-
-    def watched(self, name):
-        assert sum(reference() is not None for reference in alive) <= 1
-        tensor = read(self, name)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(Checkpoint, "tensor", watched)
-    load(tmp_path)
-    assert len(alive) == len(expected_names()) - 2

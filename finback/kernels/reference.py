@@ -1,5 +1,7 @@
 """The specification of every hot loop, in plain torch. Faster versions must equal these."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,11 +47,23 @@ def latent_attention(query: Tensor, entry: Tensor, rank: int, scale: float, mask
 
 def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """Σ_k weights[n, k] · down_e(silu(gate_e x_n) · up_e x_n) with e = experts[n, k]; returns [N, D]."""
+
+    def product(stack: Tensor) -> Product:
+        return lambda x, expert: F.linear(x, stack[expert])
+
+    return expert_loop(x_ND, product(gate_up), product(down), experts_NK, weights_NK)
+
+
+Product = Callable[[Tensor, int], Tensor]
+
+
+def expert_loop(x_ND: Tensor, gate_up: Product, down: Product, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """`expert_ffn` with its products given as functions of (rows, expert): stacks need not be dense."""
     out_ND = torch.zeros_like(x_ND)
-    for expert in range(len(gate_up)):
+    for expert in experts_NK.unique().tolist():
         token, choice = (experts_NK == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x_ND[token], gate_up[expert]).chunk(2, dim=-1)
-        result = F.linear(F.silu(gate) * up, down[expert])
+        gate, up = gate_up(x_ND[token], expert).chunk(2, dim=-1)
+        result = down(F.silu(gate) * up, expert)
         out_ND = out_ND.index_add(0, token, (result * weights_NK[token, choice, None]).type_as(out_ND))
     return out_ND
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finback.kernels import dispatch
-from finback.model.weight import DenseWeight, Weight
+from finback.model.weight import DenseWeight, PackedWeight, Weight
 
 
 class Linear(nn.Module):
@@ -17,7 +17,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.dense(), self.bias)
+        out = self.weight.linear(x)
+        return out if self.bias is None else out + self.bias
 
 
 class Experts(nn.Module):
@@ -25,11 +26,13 @@ class Experts(nn.Module):
 
     def __init__(self, n_experts: int, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_up: Weight = DenseWeight(n_experts, 2 * width, hidden_size)
+        self.gate_up: Weight = DenseWeight(n_experts, 2 * width, hidden_size, parts=2)
         self.down: Weight = DenseWeight(n_experts, hidden_size, width)
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Sum over k of weights[n, k] · expert(experts[n, k])(x[n]); returns [N, D]."""
+        if isinstance(self.gate_up, PackedWeight) or isinstance(self.down, PackedWeight):
+            return dispatch.expert_loop(x_ND, self.gate_up.linear, self.down.linear, experts_NK, weights_NK)
         return dispatch.expert_ffn(x_ND, self.gate_up.dense(), self.down.dense(), experts_NK, weights_NK)
 
 

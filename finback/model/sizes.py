@@ -79,6 +79,37 @@ def cache_numbers(config: Config, mtp: bool = False) -> int:
     return config.cache_width * layers
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes to run a model: its weights, the cache of one context, and room for activations and the program."""
+
+    weights: int
+    cache: int
+    margin: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.margin
+
+
+# Bytes of a number in a packed matrix, scales included (kernels/quantise.py).
+_PACKED = {"fp8": 1 + 4 / 128**2, "int8": 1 + 4 / 1024, "int4": 0.5 + 2 / 32}
+
+
+def memory(config: Config, dtype_bytes: int, form: str | None, context: int) -> Memory:
+    """What a model takes in memory, all its MTP modules included, with matrices in `form` ("fp8", "int8", "int4").
+
+    The margin is 0.3 GiB and 5 % of the weights.
+    """
+    count, tied = sizes(config), config.tie_word_embeddings
+    matrices = count.attention + count.dense_mlp + count.routed_experts + count.shared_experts + count.mtp
+    packed = _PACKED.get(form or "", dtype_bytes)
+    head = dtype_bytes if form in (None, "fp8") or tied else _PACKED["int8"]
+    weights = matrices * packed + (count.embedding + count.norms) * dtype_bytes + count.head * head + count.router * 4
+    cache = cache_numbers(config, mtp=True) * min(context, config.max_position_embeddings) * dtype_bytes
+    return Memory(int(weights), cache, int(0.3 * 2**30 + 0.05 * weights))
+
+
 def flops_per_token(config: Config, context: int) -> int:
     """Floating-point operations of one forward token that attends to `context` tokens, itself included.
 

@@ -1,44 +1,76 @@
-"""The names DeepSeek-V3 checkpoints use on disk: the only place that knows them.
+"""The names the families' checkpoints use on disk: the only place that knows them.
 
-Source: DeepSeek-V3 `README_WEIGHTS.md`, `inference/convert.py`; transformers' `deepseek_v3`.
+Source: DeepSeek-V3 `README_WEIGHTS.md`, `inference/convert.py`; transformers' models of the same names.
 """
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from finback.model.decoder import Model
+from finback.model.weight import Index, Weight
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Tables that old converters stored and every loader recomputes.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-_EXPERTS = re.compile(r"^(.*\.experts)\.(gate_up|down)\.value$")
+_STACKS = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 
-def tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor on disk with its place in the model, a view: written from to save, copied into to load.
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a checkpoint and where it lives in the model.
 
-    An expert stack `gate_up [E, 2F, D]` is 2E tensors on disk (`gate_proj` and `up_proj` of each expert) and
-    `down [E, D, F]` is E. A tied head has no tensor of its own.
+    `tensors`: views by what their names on disk add to `name`: one, or the codes ("") and scales of a packed matrix.
+    `weight`: whose matrix number `index` this is; None for what is no matrix product's (norms, embedding, router).
     """
-    for name, value in model.state_dict().items():
-        experts = _EXPERTS.match(name)
-        if experts:
-            yield from _expert_tensors(_disk_name(experts[1]), experts[2], value)
-        elif not (model.config.tie_word_embeddings and _disk_name(name) == HEAD):
-            yield _disk_name(name), value
+
+    name: str
+    tensors: dict[str, Tensor]
+    shape: tuple[int, ...]
+    weight: Weight | None = None
+    index: Index = ()
+
+    def fill(self, start: int, values: Tensor) -> None:
+        """Store rows start .. start + len(values) - 1 of it, given as floats."""
+        if self.weight is None:
+            self.tensors[""][start : start + len(values)].copy_(values)
+        else:
+            self.weight.fill(self.index, start, values)
 
 
-def copies(model: Model) -> Iterator[tuple[str, Tensor]]:
+def places(model: Model) -> Iterator[Place]:
+    """Every tensor on disk with its place in the model, in the order of the layers.
+
+    An expert stack `gate_up [E, 2F, D]` is 2E matrices on disk (`gate_proj` and `up_proj` of each expert) and
+    `down [E, D, F]` is E. A tied head has no place of its own.
+    """
+    kept = model.state_dict().keys()
+    for path, module in model.named_modules():
+        if isinstance(module, Weight):
+            if not (model.config.tie_word_embeddings and _disk_name(path) == HEAD):
+                yield from _matrices(path, module)
+            continue
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if (full := f"{path}.{name}") in kept:
+                yield Place(_disk_name(full), {"": value.data}, tuple(value.shape))
+
+
+def copies(model: Model) -> Iterator[Place]:
     """The copies of embedding and head that each MTP layer keeps, and a tied head's: allowed in a file, never read."""
     embedding, head = model.decoder.embed_tokens.weight, model.decoder.lm_head.weight.dense()
-    if model.config.tie_word_embeddings:
-        yield HEAD, head
+    twins = [(HEAD, head)] if model.config.tie_word_embeddings else []
     for layer in model.mtp:
-        yield f"model.layers.{layer}.embed_tokens.weight", embedding
-        yield f"model.layers.{layer}.shared_head.head.weight", head
+        twins += [(f"model.layers.{layer}.embed_tokens.weight", embedding)]
+        twins += [(f"model.layers.{layer}.shared_head.head.weight", head)]
+    yield from (Place(name, {"": tensor.data}, tuple(tensor.shape)) for name, tensor in twins)
+
+
+def is_kept(name: str) -> bool:
+    """Whether DeepSeek's FP8 checkpoints keep this matrix in BF16: the head, and what joins the halves for MTP."""
+    return name == HEAD or name.endswith(".eh_proj.weight")
 
 
 def has_layer(names: set[str], layer: int) -> bool:
@@ -46,20 +78,20 @@ def has_layer(names: set[str], layer: int) -> bool:
     return any(name.startswith(f"model.layers.{layer}.") for name in names)
 
 
-def _expert_tensors(prefix: str, stack: str, value_EXX: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for expert, matrix in enumerate(value_EXX):
-        parts = zip(("gate", "up"), matrix.chunk(2), strict=True) if stack == "gate_up" else [("down", matrix)]
-        for part, tensor in parts:
-            yield f"{prefix}.{expert}.{part}_proj.weight", tensor
+def _matrices(path: str, weight: Weight) -> Iterator[Place]:
+    shape = (weight.shape[-2] // weight.parts, weight.shape[-1])
+    prefix, _, stack = path.rpartition(".")
+    for index, tensors in weight.pieces():
+        name = f"{prefix}.{index[0]}.{_STACKS[stack][index[1]]}_proj.weight" if index else path
+        yield Place(_disk_name(name), tensors, shape, weight, index)
 
 
-def _disk_name(parameter: str) -> str:
-    name = parameter.removesuffix(".value")
-    if name.startswith("mtp."):
-        _, layer, rest = name.split(".", 2)
+def _disk_name(path: str) -> str:
+    if path.startswith("mtp."):
+        _, layer, rest = path.split(".", 2)
         rest = (
             rest.removeprefix("block.") if rest.startswith("block.") else re.sub(r"^norm\.", "shared_head.norm.", rest)
         )
         return f"model.layers.{layer}.{rest}"
-    name = name.removeprefix("decoder.")
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    path = path.removeprefix("decoder.")
+    return path if path.startswith("lm_head.") else f"model.{path}"

@@ -1,21 +1,30 @@
-"""From a model folder to a `Model`."""
+"""From a model on disk to a `Model`: what it holds is checked first, then streamed into place."""
 
 import dataclasses
-from collections.abc import Set
+import mmap
+from collections.abc import Iterable, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from finback import machine
 from finback.errors import UserError
+from finback.kernels.quantise import FORMATS
 from finback.model.config import Config
 from finback.model.decoder import Model
 from finback.model.moe import Router
+from finback.model.sizes import memory
+from finback.model.weight import PackedWeight
 from finback.paths import model_folder
+from finback.progress import bar
 from finback.text.tokenizer import Tokenizer
-from finback.weights import layout, store
+from finback.weights import layout, packs, store
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUGE = 4 << 20
 
 
 def load(
@@ -23,59 +32,153 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    *,
+    context: int = 4096,
+    force: bool = False,
 ) -> Model:
-    """Load a model by path, or by name from the models on this machine, in eval mode.
+    """Load a model by path (a folder), or by name from the models on this machine, in eval mode.
 
-    `dtype`: "auto" keeps the checkpoint's (that of its embedding), or one of float32, bfloat16, float16. Router weights
-    and correction biases are float32 always. Tensors are read one at a time into place: there is no second copy.
-    Raises UserError for a folder that does not hold what its config.json describes, naming the tensor.
+    `dtype`: "auto" keeps the checkpoint's (FP8 matrices stay FP8), or one of float32, bfloat16, float16. `quantize`:
+    int8, int4 or fp8 packs the matrices while they are read; the result is kept beside the model and read next time.
+    Router weights and correction biases are float32 always. Tensors stream into place: there is no second copy.
+
+    Raises UserError for a folder that does not hold what its config.json describes, naming the tensor; and, unless
+    `force`, for a model that with a cache of `context` tokens has no room in this machine's memory.
     """
-    if quantize is not None:
-        raise UserError(f"quantize={quantize!r}: quantised loading is not available in this version; leave it at None")
+    if quantize is not None and quantize not in FORMATS:
+        raise UserError(f"quantize={quantize!r} is not known; allowed: {', '.join(FORMATS)}")
     folder = model_folder(str(name_or_path))
+    store.check_links(folder)
     settings = store.read_json(folder / "config.json")
-    if settings.get("quantization_config"):
-        raise UserError(
-            f"{folder}: a quantised checkpoint (quantization_config in config.json); this version reads BF16, F16 and "
-            "F32 tensors: convert it to BF16 and remove that entry"
-        )
-    checkpoint = store.Checkpoint(folder)
-    config = _without_absent_mtp(Config.from_dict(settings), checkpoint)
+    source: store.Source = store.Checkpoint(folder)
+    config = _without_absent_mtp(Config.from_dict(settings), source)
+    stored_fp8 = _stored_fp8(settings, folder)
+    kept, place = _dtype(dtype, source), _device(device)
+    form = quantize or ("fp8" if stored_fp8 and dtype == "auto" else None)
+    if not force and place.type == "cpu":
+        check_room(str(name_or_path), config, kept, form, context)
     with torch.device("meta"):
         model = Model(config)
-    _check(checkpoint, model)
-    _materialise(model, _dtype(dtype, checkpoint), _device(device))
-    with torch.no_grad():
-        for disk, place in layout.tensors(model):
-            place.copy_(checkpoint.tensor(disk))
+        _check(source, model)
+        if form is not None:
+            pack(model, form, kept, source if quantize is None else None)
+    _materialise(model, kept, place)
+    cached = packs.find(folder, quantize, kept) if quantize is not None else None
+    fill(model, source if cached is None else store.Checkpoint(cached), folder.name)
+    if quantize is not None and cached is None:
+        packs.keep(model, folder, quantize, kept)
     return model.eval()
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Load the tokenizer of a model folder; names resolve as in `load`."""
-    return Tokenizer.load(model_folder(str(name_or_path)))
+    folder = model_folder(str(name_or_path))
+    store.check_links(folder)
+    return Tokenizer.load(folder)
 
 
-def _without_absent_mtp(config: Config, checkpoint: store.Checkpoint) -> Config:
+def check_room(name: str, config: Config, dtype: torch.dtype, form: str | None, context: int) -> None:
+    """Raise UserError, with the arithmetic and with what would fit, unless model and cache fit into free memory."""
+    free = machine.memory_free()
+    need = memory(config, dtype.itemsize, form, context)
+    if free is None or need.total <= free:
+        return
+    forms = {f"--quantize {name}": memory(config, 2, name, context).total for name in FORMATS}
+    forms |= {"--dtype bfloat16": memory(config, 2, None, context).total}
+    sizes = sorted(((size, option) for option, size in forms.items() if size <= free), reverse=True)
+    fitting = ", ".join(f"{option} ({_gib(size)})" for size, option in sizes)
+    raise UserError(
+        f"{name}: needs {_gib(need.total)} of memory: weights {_gib(need.weights)} + cache {_gib(need.cache)} "
+        f"({min(context, config.max_position_embeddings):,} tokens) + margin {_gib(need.margin)}; {_gib(free)} are "
+        f"free. What would fit: {fitting or 'none of its forms, only a smaller model'} (--force tries all the same)"
+    )
+
+
+def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | None = None) -> None:
+    """Give the model's matrices their packed form, empty; those that are FP8 in `source`, or all where it is None.
+
+    In FP8 what DeepSeek keeps in BF16 stays dense; in int8 and int4 the head is int8, unless the embedding is its twin.
+    """
+    chosen = FORMATS[form]
+    owners = {weight: (owner, name) for owner in model.modules() for name, weight in owner.named_children()}
+    for weight, name in {place.weight: place.name for place in list(layout.places(model))}.items():
+        if weight is None or (source is not None and name + chosen.suffix not in source.names()):
+            continue
+        if form == "fp8" and source is None and layout.is_kept(name):
+            continue
+        used = FORMATS["int8"] if name == layout.HEAD else chosen
+        setattr(*owners[weight], PackedWeight(used, weight, dtype))
+
+
+def fill(model: Model, source: store.Source, name: str) -> None:
+    """Read every tensor of the model from `source`, in the order of its files, several at once."""
+    todo = sorted(layout.places(model), key=lambda place: source.position(place.name))
+    total = sum(tensor.nbytes for place in todo for tensor in place.tensors.values())
+
+    @torch.no_grad()
+    def read(place: layout.Place) -> int:
+        parts = {place.name + suffix: tensor for suffix, tensor in place.tensors.items()}
+        if all(part in source.names() and _direct(source, part, tensor) for part, tensor in parts.items()):
+            for part, tensor in parts.items():
+                source.into(part, tensor)
+        else:
+            for start, values in source.panels(place.name):
+                place.fill(start, values)
+        return sum(tensor.nbytes for tensor in parts.values())
+
+    with bar(total, f"Loading {name}", unit="bytes") as progress, ThreadPoolExecutor(min(4, machine.cpus())) as pool:
+        for done in pool.map(read, todo):
+            progress.advance(done)
+
+
+def _direct(source: store.Source, name: str, out: Tensor) -> bool:
+    """Whether the tensor can be read as it is: same numbers on disk and in memory."""
+    return source.dtype(name) == out.dtype and out.is_contiguous() and out.device.type == "cpu"
+
+
+def _without_absent_mtp(config: Config, source: store.Source) -> Config:
     """The config of what the file holds: many files announce an MTP layer that was never written."""
-    if layout.has_layer(checkpoint.names(), config.num_hidden_layers):
+    if layout.has_layer(source.names(), config.num_hidden_layers):
         return config
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def _check(checkpoint: store.Checkpoint, model: Model) -> None:
+def _stored_fp8(settings: dict[str, Any], folder: Path) -> bool:
+    """Whether the checkpoint is quantised as DeepSeek does it; UserError for any other way."""
+    how = settings.get("quantization_config")
+    if not how:
+        return False
+    if not isinstance(how, dict) or how.get("quant_method") != "fp8" or how.get("weight_block_size") != [128, 128]:
+        raise UserError(
+            f"{folder / 'config.json'}: quantization_config = {how}; of quantised checkpoints only FP8 in blocks of "
+            "128 x 128 (DeepSeek's own) and GGUF files are read: take the BF16 one and load it with --quantize"
+        )
+    return True
+
+
+def _check(source: store.Source, model: Model) -> None:
     """Raise UserError unless the file holds exactly the model's tensors, each in its shape and a readable dtype."""
-    where, names = checkpoint.folder, checkpoint.names()
-    expected = {disk: tuple(place.shape) for disk, place in layout.tensors(model)}
+    where, names = source.where, source.names()
+    expected = {place.name: place for place in layout.places(model)}
     if missing := expected.keys() - names:
         raise UserError(f"{where}: the checkpoint lacks {_list(missing)}, which its config.json asks for")
-    unexpected = names - expected.keys() - {disk for disk, _ in layout.copies(model)}
+    scales = {place.name + FORMATS["fp8"].suffix: place for place in expected.values() if place.weight is not None}
+    unexpected = names - expected.keys() - scales.keys() - {place.name for place in layout.copies(model)}
     if unexpected := {name for name in unexpected if not layout.IGNORED.search(name)}:
         raise UserError(f"{where}: the checkpoint holds {_list(unexpected)}, unknown to its config.json")
-    for disk, wanted in expected.items():
-        checkpoint.dtype(disk)
-        if (shape := checkpoint.shape(disk)) != wanted:
-            raise UserError(f"{where}: tensor {disk!r} is {list(shape)}, its config.json asks for {list(wanted)}")
+    for name, place in expected.items():
+        stored = source.dtype(name)
+        fp8 = stored == FORMATS["fp8"].code_dtype and place.weight is not None
+        if not fp8 and stored not in store.FLOATS.values():
+            raise UserError(f"{where}: tensor {name!r} is stored as {stored}; allowed: {', '.join(store.FLOATS)}")
+        if fp8 != ((scale := name + FORMATS["fp8"].suffix) in names):
+            raise UserError(f"{where}: tensor {name!r} is {'FP8 without' if fp8 else 'not FP8 and has'} {scale!r}")
+        wanted = {name: place.shape} | ({scale: FORMATS["fp8"].shapes(*place.shape)[1]} if fp8 else {})
+        for part, shape in wanted.items():
+            if source.shape(part) != shape:
+                raise UserError(
+                    f"{where}: tensor {part!r} is {list(source.shape(part))}, its config.json asks for {list(shape)}"
+                )
 
 
 def _list(names: Set[str]) -> str:
@@ -90,15 +193,25 @@ def _materialise(model: Model, dtype: torch.dtype, device: torch.device) -> None
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
                 kept = torch.float32 if isinstance(module, Router) else dtype
-                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kept, device=device))
+                made[id(parameter)] = nn.Parameter(_empty(parameter.shape, kept, device))
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+            setattr(module, name, _empty(buffer.shape, buffer.dtype, device).zero_())
 
 
-def _dtype(dtype: str | torch.dtype, checkpoint: store.Checkpoint) -> torch.dtype:
+def _empty(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor; where the system has them on huge pages, which take a fault each 2 MiB, not each 4 KiB."""
+    like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    if device.type != "cpu" or like.nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(like, device=device)
+    pages = mmap.mmap(-1, like.nbytes)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(like.shape)
+
+
+def _dtype(dtype: str | torch.dtype, source: store.Source) -> torch.dtype:
     if dtype == "auto":
-        return checkpoint.dtype(layout.EMBEDDING)
+        return source.dtype(layout.EMBEDDING) if layout.EMBEDDING in source.names() else torch.float32  # named later
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise UserError(f"dtype {name!r} is not known; allowed: auto, {', '.join(_DTYPES)}")
@@ -112,3 +225,7 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return chosen
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

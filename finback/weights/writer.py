@@ -4,18 +4,21 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from finback.errors import UserError
+from finback.kernels.quantise import BLOCK, FORMATS
 from finback.model.config import Config
 from finback.model.decoder import Model
+from finback.model.weight import PackedWeight
 from finback.paths import atomic_folder
 from finback.text.tokenizer import Tokenizer
-from finback.weights import layout, store
+from finback.weights import layout, packs, store
 
 
 def save(
@@ -24,14 +27,17 @@ def save(
     folder: str | Path,
     *,
     greedy: bool = False,
+    quantize: Literal["fp8"] | None = None,
     shard_limit: int = store.SHARD_LIMIT,
 ) -> None:
     """Write `model` to `folder` in the original layout, so that transformers, vLLM and llama.cpp read it too.
 
-    Tensors keep their dtype; shards stay below `shard_limit` bytes. `greedy`: the model is meant to be decoded without
-    sampling; otherwise its generation_config.json asks for R1's temperature 0.6 and top-p 0.95. The folder appears
-    whole or not at all. An existing model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises
-    UserError when `folder` holds something that is not a model, or the disk is full.
+    Tensors keep their dtype; int8 and int4 matrices are written as what they stand for. `quantize="fp8"` stores the
+    matrices in FP8 blocks, as DeepSeek does; those that already are FP8 stay as they are. Shards stay below
+    `shard_limit` bytes. `greedy`: the model is meant to be decoded without sampling; otherwise its
+    generation_config.json asks for R1's temperature 0.6 and top-p 0.95. The folder appears whole or not at all. An
+    existing model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises UserError when `folder` holds
+    something that is not a model, or the disk is full.
     """
     target = Path(folder).expanduser().resolve()
     if Path.cwd().is_relative_to(target) or (target.exists() and not _replaceable(target)):
@@ -41,8 +47,9 @@ def save(
         with atomic_folder(target) as temporary:
             if target.is_dir():
                 shutil.copytree(target, temporary, ignore=_written(target), symlinks=True, dirs_exist_ok=True)
-            store.write(temporary, [*layout.tensors(model), *layout.copies(model)], shard_limit)
-            _write_json(temporary / "config.json", _settings(model.config, dtype))
+            stored = _Stored(model, quantize)
+            store.write(temporary, stored.entries(), shard_limit)
+            _write_json(temporary / "config.json", _settings(model.config, dtype) | stored.settings())
             _write_json(temporary / "generation_config.json", _generation_config(model.config, tokenizer, greedy))
             if tokenizer is not None:
                 tokenizer.save(temporary)
@@ -50,6 +57,39 @@ def save(
                 _flush(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: the model could not be written ({error}); what was there is unchanged") from None
+
+
+class _Stored:
+    """A model's tensors as they go to disk, one at a time."""
+
+    def __init__(self, model: Model, quantize: str | None) -> None:
+        self._model, self._quantize = model, quantize
+        self._fp8, self._powers = False, True
+
+    def entries(self) -> Iterator[tuple[str, Tensor]]:
+        for place in (*layout.places(self._model), *layout.copies(self._model)):
+            yield from self._tensors(place)
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json says about the quantisation, once all entries were taken."""
+        if not self._fp8:
+            return {}
+        how: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        powers = {"scale_fmt": "ue8m0"} if self._powers else {}
+        return {"quantization_config": how | powers | {"weight_block_size": [BLOCK, BLOCK]}}
+
+    def _tensors(self, place: layout.Place) -> Iterator[tuple[str, Tensor]]:
+        fp8, weight = FORMATS["fp8"], place.weight
+        tensors = place.tensors
+        if isinstance(weight, PackedWeight) and weight.form.name != fp8.name:
+            codes, scale = tensors.values()
+            tensors = {"": weight.form.dequantise(codes, scale, weight.cols, weight.dtype)}
+        if self._quantize == fp8.name and weight is not None and len(tensors) == 1 and not layout.is_kept(place.name):
+            tensors = dict(zip(("", fp8.suffix), fp8.quantise(tensors[""]), strict=True))
+        if len(tensors) == 2:
+            self._fp8 = True
+            self._powers &= bool((tensors[fp8.suffix].frexp().mantissa == 0.5).all())
+        yield from ((place.name + suffix, tensor) for suffix, tensor in tensors.items())
 
 
 def _settings(config: Config, dtype: str) -> dict[str, Any]:
@@ -74,7 +114,8 @@ def _replaceable(folder: Path) -> bool:
 
 def _written(target: Path) -> Callable[[str, list[str]], Set[str]]:
     """What `save` writes itself, and so does not carry over; every other file of the folder is kept."""
-    patterns = shutil.ignore_patterns("config.json", "generation_config.json", "model*.safetensors", store.INDEX)
+    ours = ("config.json", "generation_config.json", "model*.safetensors", store.INDEX, packs.FOLDER)
+    patterns = shutil.ignore_patterns(*ours)
     return lambda folder, names: patterns(folder, names) if Path(folder) == target else set()
 
 

@@ -1,0 +1,52 @@
+"""What this machine has: memory, its limits, processors. From the system's own files, None where they do not tell."""
+
+import os
+from pathlib import Path
+
+_LIMITS = {
+    "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+}
+
+
+def read(path: str | Path) -> str:
+    """A file of the system, empty where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def cpus() -> int:
+    """The CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory(key: str = "MemTotal") -> int | None:
+    """A line of /proc/meminfo, in bytes: MemTotal, MemAvailable."""
+    lines = read("/proc/meminfo").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def memory_limit() -> int | None:
+    """The cgroup's limit (a container's) in bytes."""
+    return next((limit for limit, _ in _limits()), None)
+
+
+def memory_free() -> int | None:
+    """Bytes this process can still take: what is available, and what its cgroup leaves."""
+    rooms = [limit - used for limit, used in _limits()]
+    available = memory("MemAvailable")
+    return min(rooms if available is None else [available, *rooms], default=None)
+
+
+def _limits() -> list[tuple[int, int]]:
+    """(limit, used) of every cgroup limit that is below the machine's memory."""
+    total, found = memory(), []
+    for limit, used in _LIMITS.items():
+        if (text := read(limit).strip()).isdigit() and (total is None or int(text) < total):
+            # Pages of files can be dropped; they do not count as used.
+            stat = dict(line.split() for line in read(Path(used).with_name("memory.stat")).splitlines())
+            current = int(read(used).strip() or 0) - int(stat.get("file", stat.get("total_cache", 0)))
+            found.append((int(text), max(current, 0)))
+    return found

@@ -1,0 +1,47 @@
+"""Packed weights kept beside their model, so that they are quantised once: MODEL/packs/int8-bfloat16/."""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from finback.errors import UserError
+from finback.model.decoder import Model
+from finback.paths import atomic_folder
+from finback.weights import layout, store
+
+FOLDER = "packs"
+_STAMP = "pack.json"
+_VERSION = 1
+
+
+def find(folder: Path, form: str, dtype: torch.dtype) -> Path | None:
+    """The folder of a pack made from exactly these files, or None."""
+    kept = _place(folder, form, dtype)
+    try:
+        made_from = store.read_json(kept / _STAMP)
+    except UserError:
+        return None
+    return kept if made_from == _stamp(folder) else None
+
+
+def keep(model: Model, folder: Path, form: str, dtype: torch.dtype) -> None:
+    """Write a packed model's tensors beside the checkpoint; where that cannot be, a warning says so."""
+    try:
+        with atomic_folder(_place(folder, form, dtype)) as temporary:
+            parts = ((p.name + suffix, tensor) for p in layout.places(model) for suffix, tensor in p.tensors.items())
+            store.write(temporary, parts)
+            (temporary / _STAMP).write_text(json.dumps(_stamp(folder)), encoding="utf-8")
+    except OSError as error:
+        warnings.warn(f"{folder / FOLDER}: the packed weights could not be kept ({error})", stacklevel=2)
+
+
+def _place(folder: Path, form: str, dtype: torch.dtype) -> Path:
+    return folder / FOLDER / f"{form}-{str(dtype).removeprefix('torch.')}"
+
+
+def _stamp(folder: Path) -> dict[str, object]:
+    """What a pack is made from: every weight file's name, size and time."""
+    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))}
+    return {"version": _VERSION, "files": files}
