@@ -25,25 +25,30 @@ class _RichBar(Bar):
 
 
 @contextmanager
-def bar(total: float | None, description: str, done: float = 0) -> Iterator[Bar]:
-    """A bar with the time that remains; `done` of `total` (None: unknown) is behind us already."""
+def bar(total: float | None, description: str, done: float = 0, *, in_bytes: bool = False) -> Iterator[Bar]:
+    """A bar with the time that remains; `done` of `total` (None: unknown) is behind us already.
+
+    `in_bytes`: what is counted are bytes, shown as sizes and a speed.
+    """
     if not sys.stderr.isatty():
         yield Bar()
         return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
 
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        *((DownloadColumn(binary_units=True), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[fields]}", markup=False),
