@@ -1,6 +1,5 @@
 """The command line: one function a command. Nothing heavy is imported before a command runs."""
 
-import json as jsonlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from finback import __version__, terminal
+from finback import __version__, cli_models, terminal
+from finback.cli_models import Json
 from finback.errors import UserError
 from finback.paths import DEFAULT_MODEL
 
@@ -59,7 +59,6 @@ Dtype = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Difficulty = Annotated[int | None, typer.Option(help="1 is easiest. [default: the task's own]")]
 
 
@@ -103,7 +102,7 @@ def ask(
     *_, last = stream
     done = last.completion
     assert done is not None, "the last piece of a stream carries its completion"
-    _print_json(
+    terminal.print_json(
         {
             "answer": done.text,
             "reasoning": done.reasoning,
@@ -167,7 +166,7 @@ def tasks_list(json: Json = False) -> None:
         for name, task in TASKS.items()
     ]
     if json:
-        _print_json(entries)
+        terminal.print_json(entries)
     else:
         terminal.table(("task", "description", "example"), [tuple(entry.values()) for entry in entries])
 
@@ -191,7 +190,7 @@ def tasks_sample(
 
     problems = list(sample(name, seed, n, split=split, difficulty=difficulty))
     if json:
-        _print_json([asdict(problem) for problem in problems])
+        terminal.print_json([asdict(problem) for problem in problems])
         return
     for problem in problems:
         print(f"Question: {problem.question}\n\n{problem.reasoning}\n\nAnswer: {problem.answer}\n")
@@ -221,26 +220,15 @@ def evaluate(
     options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
     result = measure(model, task, n, seed, dtype=dtype or default_dtype(model), records=out, **options)
     if json:
-        _print_json(result)
+        terminal.print_json(result)
         return
     columns = ("task", "n", "pass@1", "low", "high")
     scores = result["tasks"].items()
     terminal.table(columns, [(name, s["n"], *(f"{s[key]:.3f}" for key in columns[2:])) for name, s in scores])
 
 
-@app.command()
-def show(model: Annotated[str, typer.Argument(help="A model's name, or its folder.")], json: Json = False) -> None:
-    """What a model is: architecture, parameters, cache, vocabulary, context. Its weights are not read.
-
-    Example: finback show calf
-    """
-    from finback.about import describe
-
-    facts = describe(model)
-    if json:
-        _print_json(facts)
-    else:
-        terminal.table(("what", "value"), [(key.replace("_", " "), _plain(value)) for key, value in facts.items()])
+for command in cli_models.COMMANDS:
+    app.command()(command)
 
 
 @app.command()
@@ -253,11 +241,11 @@ def doctor(json: Json = False) -> None:
 
     facts = examine()
     if json:
-        _print_json(facts)
+        terminal.print_json(facts)
         return
     advice = facts.pop("advice")
     sizes = {key for key in facts if key.startswith(("memory", "disk"))}
-    shown = {key: _bytes(value) if key in sizes else _plain(value) for key, value in facts.items()}
+    shown = {key: terminal.size(value) if key in sizes else terminal.plain(value) for key, value in facts.items()}
     terminal.table(("what", "value"), [(key.replace("_", " "), value) for key, value in shown.items()])
     for line in advice:
         terminal.note(f"• {line}")
@@ -276,23 +264,6 @@ def _open(
         settings["temperature"] = temperature
     sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
     return Engine(load(model, dtype or default_dtype(model)), load_tokenizer(model), max_batch=1), sampling
-
-
-def _print_json(value: object) -> None:
-    print(jsonlib.dumps(value, ensure_ascii=False, indent=2))
-
-
-def _plain(value: object) -> str:
-    """A fact as a person reads it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def _bytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 2**30:,.1f} GiB"
 
 
 def main() -> None:

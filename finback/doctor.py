@@ -9,7 +9,7 @@ from typing import Any
 
 import finback
 from finback import machine
-from finback.paths import PACKAGE, home
+from finback.paths import PACKAGE, home, installed
 
 _FEATURES = {"avx2": "avx2", "avx512": "avx512f", "amx": "amx_tile", "neon": "asimd"}
 _GIB = 2**30
@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
         "memory_limit": machine.memory_limit(),
         "home": str(home()),
         "disk_free": _disk_free(home()),
-        "models": sorted({p.parent.name for root in (home(), PACKAGE) for p in root.glob("models/*/config.json")}),
+        "models": [name for name, _folder in installed()],
         "native_kernels": any(p.suffix in (".so", ".pyd") for p in (PACKAGE / "kernels").rglob("*")),
     }
     return {**facts, "advice": list(_advice(facts))}

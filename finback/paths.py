@@ -11,6 +11,7 @@ from finback.errors import UserError
 
 PACKAGE = Path(__file__).parent
 DEFAULT_MODEL = "calf"
+MANIFEST = "finback.json"  # in each pulled folder: where it comes from, its files with their sizes and hashes
 
 
 def home() -> Path:
@@ -19,16 +20,34 @@ def home() -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model given as a path, a name under `home()/models`, or the name of a packaged model.
+    """The folder of a model given as a path, a name ("NAME", "ORG/NAME") under `home()/models`, or a packaged name.
 
     Raises UserError that lists the names which exist.
     """
-    candidates = [Path(name).expanduser(), home() / "models" / name, PACKAGE / "models" / name]
-    for folder in candidates:
+    roots = [] if Path(name).is_absolute() or ".." in Path(name).parts else _roots()  # a name stays inside its root
+    for folder in [Path(name).expanduser(), *(root / name for root in roots)]:
         if (folder / "config.json").is_file():
             return folder
-    known = sorted({p.parent.name for root in candidates[1:] for p in root.parent.glob("*/config.json")})
-    raise UserError(f"--model {name!r}: no folder with a config.json there; known models: {', '.join(known) or 'none'}")
+    known = ", ".join(known for known, folder in installed() if (folder / "config.json").is_file())
+    raise UserError(f"--model {name!r}: no folder with a config.json there; known models: {known or 'none'}")
+
+
+def installed() -> list[tuple[str, Path]]:
+    """The models that names mean, with their folders; a user's hides the packaged one of the same name."""
+    found: dict[str, Path] = {}
+    for root in _roots():
+        for pattern in ("*", "*/*"):  # a folder inside a model is not another model
+            folders = {file.parent for mark in ("config.json", MANIFEST) for file in root.glob(f"{pattern}/{mark}")}
+            for folder in folders:
+                name = folder.relative_to(root)
+                hidden = any(part.startswith(".") for part in name.parts)
+                if not hidden and str(name.parent) not in found:
+                    found.setdefault(name.as_posix(), folder)
+    return sorted(found.items())
+
+
+def _roots() -> list[Path]:
+    return [home() / "models", PACKAGE / "models"]
 
 
 @contextmanager
@@ -56,12 +75,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        if path.exists():
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed after a success; else the first error is the one to tell
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give the folder `new` the name `path` on the same disk; what was there is deleted afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = new.with_name(f"{new.name}.old")
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder: its name is gone at once, whatever happens to its files after that."""
+    doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=".removed."))
+    try:
+        path.rename(doomed / path.name)
+    finally:
+        shutil.rmtree(doomed)

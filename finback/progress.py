@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 
 class Bar:
@@ -25,8 +25,11 @@ class _RichBar(Bar):
 
 
 @contextmanager
-def bar(total: float | None, description: str, done: float = 0, unit: Literal["", "bytes"] = "") -> Iterator[Bar]:
-    """A bar with the time that remains; `done` of `total` (None: unknown) is behind us already."""
+def bar(total: float | None, description: str, done: float = 0, *, in_bytes: bool = False) -> Iterator[Bar]:
+    """A bar with the time that remains; `done` of `total` (None: unknown) is behind us already.
+
+    `in_bytes`: what is counted are bytes, shown as sizes and a speed.
+    """
     if not sys.stderr.isatty():
         yield Bar()
         return
@@ -45,7 +48,7 @@ def bar(total: float | None, description: str, done: float = 0, unit: Literal[""
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        *([DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]),
+        *((DownloadColumn(binary_units=True), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[fields]}", markup=False),

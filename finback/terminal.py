@@ -1,5 +1,6 @@
 """How replies, conversations and tables look: answers on stdout, everything else on stderr."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,8 +41,29 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
     view = Table(*columns, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for row in rows:
-        view.add_row(*(Text(str(cell)) for cell in row))
+        view.add_row(*(Text(str(cell).translate(_CONTROLS)) for cell in row))
     Console().print(view)
+
+
+def print_json(value: object) -> None:
+    """A value as JSON on stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def plain(value: object) -> str:
+    """A fact as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def size(value: int | None) -> str:
+    """Bytes as a person reads them."""
+    if value is None:
+        return "–"
+    return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
 
 
 def speak(stream: "Iterator[Delta]") -> "Completion":

@@ -240,7 +240,8 @@ def test_doctor_knows_this_machine_and_its_models(finback):
 
 
 def test_doctor_without_a_model_says_how_to_get_one(finback, monkeypatch, tmp_path):
-    monkeypatch.setattr("finback.doctor.PACKAGE", tmp_path)
+    for module in ("doctor", "paths"):
+        monkeypatch.setattr(f"finback.{module}.PACKAGE", tmp_path)
     monkeypatch.setenv("FINBACK_HOME", str(tmp_path))
     facts = json.loads(finback("doctor", "--json").stdout)
     assert facts["models"] == []

@@ -54,6 +54,50 @@ def test_an_unknown_model_names_those_that_exist(monkeypatch, tmp_path):
         paths.model_folder("orca")
 
 
+def test_a_name_may_have_an_organisation_and_stays_inside(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINBACK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
+    nested = make_model(tmp_path / "home" / "models" / "whales" / "minke")
+    make_model(tmp_path / "home" / "secret")
+    assert paths.model_folder("whales/minke") == nested
+    for name in ("../secret", "whales/../../secret"):
+        with pytest.raises(UserError, match=r"known models: whales/minke$"):
+            paths.model_folder(name)
+
+
+def test_installed_models_are_those_that_names_mean(monkeypatch, tmp_path):
+    models, packaged = tmp_path / "home" / "models", tmp_path / "package" / "models"
+    monkeypatch.setenv("FINBACK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
+    assert paths.installed() == []
+    for name in (
+        "minke",
+        "minke/vision",
+        "whales/sei",
+        ".pull/whales--sei--5eaf",
+        "whales/.sei.x.tmp",
+        ".x.tmp",
+        "a/b/c",
+    ):
+        make_model(models / name)
+    for name in ("calf", "minke"):
+        make_model(packaged / name)
+    (models / "whales" / "gguf").mkdir()
+    (models / "whales" / "gguf" / paths.MANIFEST).touch()
+    (models / "whales" / "empty").mkdir()
+    expected = [("calf", packaged / "calf"), ("minke", models / "minke")]
+    expected += [("whales/gguf", models / "whales" / "gguf"), ("whales/sei", models / "whales" / "sei")]
+    assert paths.installed() == expected
+
+
+def test_a_removed_folder_is_gone_and_links_in_it_are_not_followed(tmp_path):
+    outside = make_model(tmp_path / "outside")
+    folder = make_model(tmp_path / "models" / "minke")
+    (folder / "link").symlink_to(outside)
+    paths.remove_folder(folder)
+    assert os.listdir(tmp_path / "models") == [] and os.listdir(outside) == ["config.json"]
+
+
 def test_a_file_appears_whole(tmp_path):
     target = tmp_path / "new" / "file.json"
     with paths.atomic_file(target) as temporary:
@@ -106,20 +150,34 @@ def test_a_bar_without_a_terminal_does_not_import_rich():
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
-def test_a_bar_on_a_terminal_shows_count_and_fields(monkeypatch, capsys):
+def terminal(monkeypatch):
+    """Makes stderr a terminal; returns what gives the last line there."""
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
+    shown = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+    return lambda: [line for line in shown.sub("", stream.getvalue()).splitlines() if line.strip()][-1]
+
+
+def test_a_bar_on_a_terminal_shows_count_and_fields(monkeypatch, capsys):
+    last_line = terminal(monkeypatch)
     with bar(4, "pretrain [calf]", done=1) as progress:
         progress.advance(loss=1.23456, tokens_per_s=8123.4)
         progress.advance(2, loss=0.5, step=1200)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    last = [line for line in shown.splitlines() if line.strip()][-1]
     for part in ("pretrain [calf]", "4/4", "loss 0.5", "tokens/s 8,123", "step 1,200"):
-        assert part in last
+        assert part in last_line()
     assert capsys.readouterr().out == ""
+
+
+def test_a_bar_of_bytes_shows_sizes_and_goes_back(monkeypatch):
+    last_line = terminal(monkeypatch)
+    with bar(4 * 2**20, "whales/minke", done=2**20, in_bytes=True) as progress:
+        progress.advance(2 * 2**20)
+        progress.advance(-(2**20))
+    assert "2.0/4.0 MiB" in last_line() and "/s" in last_line()

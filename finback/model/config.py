@@ -170,7 +170,7 @@ class Config:
         Keys that say nothing about the computation are ignored; a value that asks for another architecture raises
         UserError.
         """
-        name = values.get("model_type", "deepseek_v3")
+        name = values.get("model_type")
         family = FAMILIES.get(name) if isinstance(name, str) else None
         if family is None:
             raise UserError(f"config.json: model_type = {name!r} is not known; allowed: {', '.join(FAMILIES)}")

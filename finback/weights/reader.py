@@ -126,7 +126,7 @@ def fill(model: Model, source: store.Source, name: str) -> None:
                 place.fill(start, values)
         return sum(tensor.nbytes for tensor in parts.values())
 
-    with bar(total, f"Loading {name}", unit="bytes") as progress, ThreadPoolExecutor(min(4, machine.cpus())) as pool:
+    with bar(total, f"Loading {name}", in_bytes=True) as progress, ThreadPoolExecutor(min(4, machine.cpus())) as pool:
         for done in pool.map(read, todo):
             progress.advance(done)
 

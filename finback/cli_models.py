@@ -1,0 +1,133 @@
+"""The commands about models on disk; `finback.cli` holds the others."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finback import terminal
+from finback.errors import UserError
+from finback.paths import home, installed, remove_folder
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A repository of the hub.")],
+    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="The hub. [default: $HF_ENDPOINT, or https://huggingface.co]")
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files to take; may be repeated. [default: those at the top]"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=32, help="Files at once.")] = 4,
+    json: Json = False,
+) -> None:
+    """Download a model, verified; the one command that goes online. Run again, it resumes.
+
+    Weights without code, and texts: pickles and programs are never taken. $HF_TOKEN is for gated models.
+
+    Example: finback pull deepseek-ai/DeepSeek-V2-Lite-Chat
+    """
+    from finback.weights.hub import manifest_of
+    from finback.weights.hub import pull as fetch
+
+    folder = fetch(repo, revision, endpoint=endpoint, files=file or [], jobs=jobs)
+    if not json:
+        print(folder)
+        return
+    manifest = manifest_of(folder)
+    size = sum(entry.size for entry in manifest.files.values())
+    terminal.print_json(
+        {"path": str(folder), "commit": manifest.commit, "files": sorted(manifest.files), "bytes": size}
+    )
+
+
+def ls(json: Json = False) -> None:
+    """The models on this machine.
+
+    Example: finback ls
+    """
+    rows = [_row(name, folder) for name, folder in installed()]
+    if json:
+        terminal.print_json(rows)
+        return
+    terminal.table(
+        ("name", "architecture", "parameters", "size", "where"),
+        [
+            (
+                row["name"],
+                row["error"] or row["architecture"],
+                terminal.plain(row["parameters_total"]),
+                terminal.size(row["bytes"]),
+                row["folder"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def show(model: Annotated[str, typer.Argument(help="A model's name, or its folder.")], json: Json = False) -> None:
+    """What a model is: architecture, parameters, cache, vocabulary, context. Its weights are not read.
+
+    Example: finback show calf
+    """
+    from finback.about import describe
+
+    facts = describe(model)
+    if json:
+        terminal.print_json(facts)
+    else:
+        terminal.table(
+            ("what", "value"), [(key.replace("_", " "), terminal.plain(value)) for key, value in facts.items()]
+        )
+
+
+def rm(
+    name: Annotated[str, typer.Argument(help="A model of `finback ls`, one that was pulled or trained.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a model from $FINBACK_HOME/models.
+
+    Example: finback rm deepseek-ai/DeepSeek-V2-Lite-Chat --yes
+    """
+    root = home() / "models"
+    own = {known: folder for known, folder in installed() if folder.is_relative_to(root)}
+    if name not in own:
+        raise UserError(f"{name!r}: not a model under {root}; there are: {', '.join(own) or 'none'}")
+    folder = own[name]
+    if folder.resolve() != root.resolve() / name:
+        raise UserError(f"{folder}: a link to {folder.resolve()}; remove the link, or what it leads to, yourself")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"{name}: nobody can be asked here; --yes deletes {folder}")
+        typer.confirm(f"Delete {folder} ({terminal.size(_bytes(folder))})?", abort=True, err=True)
+    remove_folder(folder)
+    if folder.parent != root and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+    terminal.note(f"{name} is deleted.")
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (pull, ls, show, rm)
+
+
+def _row(name: str, folder: Path) -> dict[str, Any]:
+    """What `ls` tells of a model; where its config cannot be read, why."""
+    from finback.about import describe
+
+    row = {"name": name, "architecture": None, "parameters_total": None, "bytes": _bytes(folder), "folder": str(folder)}
+    if not (folder / "config.json").is_file():
+        return row | {"error": "no config.json"}
+    try:
+        facts = describe(str(folder))
+    except Exception as error:  # a config is what anyone wrote; one that is odd must not hide the other models
+        return row | {"error": str(error) or type(error).__name__}
+    return row | {key: facts[key] for key in ("architecture", "parameters_total")} | {"error": None}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
