@@ -179,7 +179,7 @@ class Recipe(Section):
         given = self.model.model_dump(exclude_unset=True)
         if given.setdefault("vocab_size", vocab_size) < vocab_size:
             raise ValueError(f"model.vocab_size = {given['vocab_size']} is less than the tokenizer's {vocab_size}")
-        return Config.from_dict(given)
+        return Config.from_dict({"model_type": "deepseek_v3", **given})
 
     def canonical(self) -> dict[str, Any]:
         """Plain JSON of everything, defaults included, for the checkpoint and the card."""
