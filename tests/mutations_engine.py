@@ -89,7 +89,7 @@ MUTATIONS = [
     ),
     Mutation(
         ENGINE,
-        "return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]",
+        "return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]",
         "return self.tokenizer.encode(prompt)",
         [f"{TEST_REQUESTS}::test_a_text_prompt_starts_with_bos_and_ends_at_eos"],
         "a text prompt lacks its BOS",
