@@ -96,6 +96,13 @@ MUTATIONS = [
     ),
     Mutation(
         ENGINE,
+        "if tokenizer is None else tokenizer.eos_ids",
+        "if tokenizer is None else frozenset({tokenizer.eos_id})",
+        [f"{TEST_REQUESTS}::test_a_family_without_bos_gets_none_and_any_end_of_turn_stops"],
+        "a reply that ends by another of the model's end tokens runs on",
+    ),
+    Mutation(
+        ENGINE,
         "        finally:\n            for request in active:\n                self.cancel(request)",
         "        finally:\n            pass",
         [f"{TEST_REQUESTS}::test_closing_a_stream_or_generation_cancels_what_it_started"],

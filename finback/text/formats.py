@@ -86,7 +86,7 @@ def find_format(marks: Collection[str], template: str | None) -> ChatFormat | No
         return _deepseek(marks, template)
     if fits(V2) and (template is not None or set(marks) == {BOS, EOS}):
         return V2
-    if fits(LLAMA3) and not fits(MOONLIGHT):
+    if fits(LLAMA3):
         dated = template is not None and "Cutting Knowledge Date" in template
         return replace(LLAMA3, default_system="", preamble=_LLAMA_DATES) if dated else LLAMA3
     form = next((form for form in (MOONLIGHT, CHATML) if fits(form)), None)

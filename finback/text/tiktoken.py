@@ -30,7 +30,7 @@ def read_tiktoken(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], d
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not usable with its tokenizer_config.json ({error!r}); copy both again") from error
     ids = [*ranks.values(), *marks]
-    if len(set(ids)) != len(ids) or min(ids) < 0 or max(map(len, ranks)) > MAX_TOKEN:
+    if len(set(ids)) != len(ids) or min(ids, default=0) < 0 or max(map(len, ranks), default=0) > MAX_TOKEN:
         raise UserError(f"{path}: two tokens share an id, or one is longer than {MAX_TOKEN} bytes; copy it again")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise UserError(f"{path}: it has no token for byte {missing[0]}; copy it again")
