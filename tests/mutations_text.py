@@ -10,7 +10,7 @@ TEST_FAMILIES, TEST_GGUF, TEST_TIKTOKEN = "test_text_families.py", "test_text_gg
 MUTATIONS = [
     Mutation(
         TOKENIZER,
-        '"added_tokens": letters, ',
+        '"added_tokens": kept, ',
         "",
         [f"{TEST_TOKENIZER}::test_a_special_string_in_text_stays_text"],
         "a user writes <think> and it becomes the token",
@@ -227,8 +227,8 @@ MUTATIONS = [
     ),
     Mutation(
         TOKENIZER,
-        "frozenset({eos_id, *(",
-        "frozenset({eos_id} or (",
+        "for name in TURN_ENDS if",
+        "for name in TURN_ENDS[:0] if",
         [f"{TEST_FAMILIES}::test_all_ends_of_turn_stop_a_reply"],
         "Llama runs on after its turn",
     ),
@@ -297,8 +297,8 @@ MUTATIONS = [
     ),
     Mutation(
         TIKTOKEN,
-        "sorted(ranks, key=ranks.__getitem__)",
-        "sorted(ranks)",
+        "key=ranks.__getitem__)",
+        "key=lambda token: -ranks[token])",
         [f"{TEST_TIKTOKEN}::test_the_ids_are_those_of_byte_pair_encoding"],
         "merges are in the wrong order",
     ),
@@ -334,7 +334,7 @@ MUTATIONS = [
         GGUF,
         "    if len(set(used)) != len(used) or",
         "    if",
-        [f"{TEST_GGUF}::test_hostile_metadata_is_refused"],
+        [f"{TEST_GGUF}::test_a_token_that_is_there_twice_is_refused"],
         "a token that is there twice hides another",
     ),
 ]

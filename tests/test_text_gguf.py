@@ -226,6 +226,20 @@ def test_hostile_metadata_is_refused(change):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and "GGUF" in str(caught.value)
 
 
+def test_a_token_that_is_there_twice_is_refused():
+    """But for the unused ones, whose names mean nothing."""
+    metadata = file("qwen2")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens += [tokens[-1], tokens[-1]]
+    types += [5, 5]
+    assert tokenizer_from_gguf(metadata).encode("Hi") == loaded("qwen2").encode("Hi")
+    tokens[0] = tokens[-3]
+    assert tokenizer_from_gguf(metadata).vocab_size == loaded("qwen2").vocab_size
+    types[-3] = 3
+    with pytest.raises(UserError, match="a token twice"):
+        tokenizer_from_gguf(metadata)
+
+
 def test_an_unknown_split_names_the_known_ones():
     with pytest.raises(UserError, match=r"'tekken'; known are deepseek-v3, deepseek-llm, .*default"):
         tokenizer_from_gguf(file("qwen2") | {"tokenizer.ggml.pre": "tekken"})

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import regex
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_text_gguf import LLAMA_CPP, MIXED
 from text_families import MOON, MOONLIGHT
@@ -70,7 +70,13 @@ def moonlight(tmp_path_factory):
     return Tokenizer.load(write(tmp_path_factory.mktemp("moonlight")))
 
 
-@given(text=MIXED | st.lists(st.sampled_from([*TEXT.decode().split(" "), "zqzqzq", "xzqzq"]), max_size=5).map(" ".join))
+@example(text="zqzqzq")
+@example(text=TEXT.decode())
+@given(
+    text=MIXED
+    | st.text(TEXT.decode(), max_size=12)
+    | st.lists(st.sampled_from([*TEXT.decode().split(" "), "zqzqzq", "xzqzq"]), max_size=5).map(" ".join)
+)
 def test_the_ids_are_those_of_byte_pair_encoding(moonlight, text):
     assert moonlight.encode(text) == encode(text)
     assert moonlight.decode(moonlight.encode(text)) == text

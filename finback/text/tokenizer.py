@@ -222,23 +222,16 @@ def _named(config: dict[str, Any], key: str, marks: dict[str, int], known: Seque
     return marks.get(name)
 
 
-def _text_encoder(spec: dict[str, Any], marks: dict[str, int], letters: list[dict[str, Any]]) -> tokenizers.Tokenizer:
+def _text_encoder(spec: dict[str, Any], marks: dict[str, int], kept: list[dict[str, Any]]) -> tokenizers.Tokenizer:
     """The tokenizer for text alone. Marks leave the vocabulary too, so that no merge can arrive at one."""
     kinds = [part.get("type") for part in _parts(spec.get("decoder"), "decoders")]
     if spec["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
         raise UserError("tokenizer.json: not a byte-level BPE; only such tokenizers can be used")
     model = dict(spec["model"])
     model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in marks}
-    model["vocab"] |= {token["content"]: token["id"] for token in letters}  # where it is missing they get other ids
+    model["vocab"] |= {token["content"]: token["id"] for token in kept}  # where it is missing they get other ids
     model["merges"] = [merge for merge in model["merges"] if marks.keys().isdisjoint(_merge_tokens(merge))]
-    bare = {
-        **spec,
-        "model": model,
-        "added_tokens": letters,
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
+    bare = {**spec, "model": model, "added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
     return tokenizers.Tokenizer.from_str(json.dumps(bare))
 
 
