@@ -22,7 +22,7 @@ TEXT = (
 
 @functools.cache
 def ranks():
-    """Ranks as training gives them: the commonest pair becomes the next token. One more that no join arrives at."""
+    """Ranks as training gives them: the commonest pair is the next token. Then two that overlap, one of no join."""
     table = [bytes([byte]) for byte in [*range(97, 256), *range(97)]]  # single bytes in an order of their own
     parts = [bytes([byte]) for byte in TEXT]
     while len(table) < 300:
@@ -35,7 +35,7 @@ def ranks():
             joined.append(b"".join(parts[i : i + take]))
             i += take
         parts = joined
-    return {token: n for n, token in enumerate(dict.fromkeys([*table, b"zqzqzq"]))}
+    return {token: n for n, token in enumerate(dict.fromkeys([*table, b"xw", b"wx", b"zqzqzq"]))}
 
 
 def encode(text):
@@ -71,6 +71,7 @@ def moonlight(tmp_path_factory):
 
 
 @example(text="zqzqzq")
+@example(text="wxwxxw wxw")
 @example(text=TEXT.decode())
 @given(
     text=MIXED
