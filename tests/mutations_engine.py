@@ -89,10 +89,17 @@ MUTATIONS = [
     ),
     Mutation(
         ENGINE,
-        "return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]",
+        "return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]",
         "return self.tokenizer.encode(prompt)",
         [f"{TEST_REQUESTS}::test_a_text_prompt_starts_with_bos_and_ends_at_eos"],
         "a text prompt lacks its BOS",
+    ),
+    Mutation(
+        ENGINE,
+        "if tokenizer is None else tokenizer.eos_ids",
+        "if tokenizer is None else frozenset({tokenizer.eos_id})",
+        [f"{TEST_REQUESTS}::test_a_family_without_bos_gets_none_and_any_end_of_turn_stops"],
+        "a reply that ends by another of the model's end tokens runs on",
     ),
     Mutation(
         ENGINE,

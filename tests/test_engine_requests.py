@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_model import ScriptedModel
+from text_families import FAMILIES
 from text_samples import trained
 from tiny_model import tiny, tiny_model, tokens
 
@@ -45,6 +46,17 @@ def test_a_text_prompt_starts_with_bos_and_ends_at_eos():
     assert completion.prompt_tokens == 1 + len(TOKENIZER.encode("hm"))
     assert completion.token_ids == [*TOKENIZER.encode("It is 42."), TOKENIZER.eos_id]
     assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_a_family_without_bos_gets_none_and_any_end_of_turn_stops():
+    qwen = FAMILIES["Qwen2.5"].tokenizer()
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        script = [0] * len(qwen.encode("hm")) + qwen.encode("It is 42.") + [qwen.marks[end]]
+        engine = Engine(ScriptedModel(script, qwen.vocab_size), qwen)
+        (completion,) = engine.generate(["hm"], Sampling(temperature=0, max_tokens=50))
+        assert completion.prompt_tokens == len(qwen.encode("hm"))
+        assert (completion.text, completion.finish_reason) == ("It is 42.", "stop")
+        assert completion.token_ids[-1] == qwen.marks[end]
 
 
 def test_a_chat_is_split_into_thinking_and_answer():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from text_families import FAMILIES
 from tiny_model import tiny, tiny_model, tokens, twin
 
 import finback
@@ -124,6 +125,16 @@ def test_gate_and_up_are_not_exchanged(tmp_path):
     tensors, stack = stored(tmp_path), model.decoder.layers["2"].mlp.experts.gate_up.dense()
     assert torch.equal(tensors["model.layers.2.mlp.experts.5.gate_proj.weight"], stack[5, :12])
     assert torch.equal(tensors["model.layers.2.mlp.experts.5.up_proj.weight"], stack[5, 12:])
+
+
+def test_every_end_of_turn_is_in_generation_config(tmp_path):
+    """Other programs stop by it; a family without BOS has none there."""
+    for name in ("Qwen2.5", "Llama 3"):
+        tokenizer = FAMILIES[name].tokenizer()
+        save(tiny_model(tiny()), tokenizer, tmp_path / name)
+        generation = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert generation["bos_token_id"] == tokenizer.marks.get("<|begin_of_text|>")
+        assert generation["eos_token_id"] == sorted(tokenizer.eos_ids) and len(tokenizer.eos_ids) == 2
 
 
 def test_the_folder_is_complete(tmp_path):

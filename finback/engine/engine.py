@@ -15,7 +15,7 @@ from finback.model import Model, Routing
 from finback.text import Message, Tokenizer, prompt_ids
 
 Prompt = str | Sequence[int] | Sequence[Message]
-"""Text (continued as it stands, after BOS), token ids (used as they are), or the messages of a chat."""
+"""Text (continued as it stands, after BOS if there is one), token ids (used as they are), or the messages of a chat."""
 
 # Padded tokens in one prefill pass: bounds its memory, is wide enough to keep the matrix products busy.
 _PREFILL_TOKENS = 8192
@@ -39,7 +39,7 @@ class Engine:
         weight = model.decoder.embed_tokens.weight
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.config.max_position_embeddings
-        self.eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_id
+        self.eos_ids = frozenset({model.config.eos_token_id}) if tokenizer is None else tokenizer.eos_ids
         self.cache = LatentCache(model.config, max_batch, weight.dtype, weight.device)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # a request's index here is its row in the cache
@@ -155,7 +155,7 @@ class Engine:
         if self.tokenizer is None:
             raise UserError("this engine has no tokenizer; give the prompt as a list of token ids")
         if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+            return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
         return prompt_ids(self.tokenizer, cast(Sequence[Message], prompt), think)
 
     def _stream(self, request: Request) -> Iterator[Delta]:
@@ -217,7 +217,7 @@ class Engine:
             request.record(routing or {}, row, width, len(pending[row]))
             request.cached = len(request.ids)
             chosen = choose(logits_BV[row], request.sampling, request.seed, request.choice, len(request.ids))
-            request.accept(chosen, self.eos_id)
+            request.accept(chosen, self.eos_ids)
 
     def _leave(self, row: int) -> None:
         """Free a row; the last row moves into it, so that running rows stay neighbours."""

@@ -1,6 +1,6 @@
 """One request on its way through the engine, and the completion it becomes."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -111,11 +111,11 @@ class Request:
     def done(self) -> bool:
         return self.finish_reason is not None
 
-    def accept(self, choice: Choice, eos_id: int | None) -> None:
+    def accept(self, choice: Choice, eos_ids: Set[int | None]) -> None:
         """Append a chosen token and finish if it is the last."""
         self.ids.append(choice.token)
         self.choices.append(choice)
-        if (choice.token == eos_id and not self.sampling.ignore_eos) or choice.token in self.sampling.stop_ids:
+        if (choice.token in eos_ids and not self.sampling.ignore_eos) or choice.token in self.sampling.stop_ids:
             self.finish("stop")
         elif self._transcript is not None and self._transcript.push(choice.token):
             self.finish_reason = "stop"

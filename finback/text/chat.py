@@ -1,11 +1,14 @@
-"""The chat format of DeepSeek-R1, built as token ids.
+"""Chats as token ids, in the format of the tokenizer's family (formats.py).
 
     <BOS>{system}<｜User｜>{question}<｜Assistant｜>{answer}<EOS><｜User｜>{question}<｜Assistant｜><think>\\n
 
-Between the parts there is nothing: no newline, no space. Each `{...}` is encoded by itself, so that no token spans a
-mark and no text becomes one. Several system messages are joined by an empty line and all stand after BOS, as in V3.1.
+Only the format's own marks become special ids. The text between two of them is encoded as one, as in the rendered
+template: in this format each `{...}` by itself, so that no token spans a mark and no text becomes one; where a family
+has plain text for its format (`User: `, newlines) together with that. (There, in V2 above all, a user can write what
+looks like a turn; no format of plain text prevents it.) Several system messages are joined by an empty line and all
+stand after BOS, as in V3.1.
 
-Whitespace. With thinking, the prompt ends in `<think>` and one newline, and the reply is
+Whitespace. With thinking, R1's prompt ends in `<think>` and one newline, and the reply is
 
     {reasoning}\\n</think>\\n\\n{answer}<EOS>
 
@@ -21,6 +24,7 @@ from collections.abc import Sequence
 from typing import Literal, NotRequired, TypedDict
 
 from finback.errors import UserError
+from finback.text.formats import MARK, ChatFormat, find_format
 from finback.text.tokenizer import END_THINK, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -37,22 +41,27 @@ class Message(TypedDict):
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message], think: bool = True) -> list[int]:
     """The ids to continue: BOS, the turns, and the opening of the assistant's reply.
 
-    Raises UserError when there is no message, the last is not the user's, a role is unknown or a content not text.
+    Raises UserError when there is no message, the last is not the user's, a role is unknown, a content is not text, or
+    the tokenizer's chat format is not known.
     """
     _check(messages, last="user")
-    user, assistant = tokenizer.user_id, tokenizer.assistant_id
-    if user is None or assistant is None:
-        raise UserError(
-            "messages: the tokenizer has no <｜User｜> and <｜Assistant｜>; give the model plain text instead"
-        )
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    ids = [tokenizer.bos_id, *tokenizer.encode(system)]
-    for message in messages:
-        if message["role"] == "user":
-            ids += [user, *tokenizer.encode(message["content"])]
-        elif message["role"] == "assistant":
-            ids += [assistant, *tokenizer.encode(_without_thinking(message["content"])), tokenizer.eos_id]
-    return [*ids, assistant, *_opening(tokenizer, think)]
+    form = _format(tokenizer)
+    turns: list[tuple[str, str]] = [(message["role"], message["content"]) for message in messages]
+    if form.gathered:
+        system = "\n\n".join(text for role, text in turns if role == "system")
+        turns = [("system", system), *((role, text) for role, text in turns if role != "system")]
+    elif form.default_system is not None and turns[0][0] != "system":
+        turns.insert(0, ("system", form.default_system))
+    ids = _Ids(tokenizer, [tokenizer.bos_id] if form.bos and tokenizer.bos_id is not None else [])
+    for n, (role, text) in enumerate(turns):
+        opening, closing = {"system": form.system, "user": form.user, "assistant": form.assistant}[role]
+        if role == "assistant" and form.think is not None:
+            text = _without_thinking(text, form.between[1])
+        ids.form(opening + (form.preamble if n == 0 and role == "system" else ""))
+        ids.text(text.strip() if form.trim else text)
+        ids.form(closing)
+    ids.form(form.think if think and form.think is not None else form.prompt)
+    return ids.done()
 
 
 def example_ids(tokenizer: Tokenizer, messages: Sequence[Message], think: bool = True) -> tuple[list[int], list[int]]:
@@ -62,26 +71,60 @@ def example_ids(tokenizer: Tokenizer, messages: Sequence[Message], think: bool =
     """
     _check(messages, last="assistant")
     prompt = prompt_ids(tokenizer, messages[:-1], think)
+    form = _format(tokenizer)
     reasoning, answer = messages[-1].get("reasoning", ""), messages[-1]["content"]
-    if not think:
-        return prompt, [*tokenizer.encode(answer), tokenizer.eos_id]
-    if tokenizer.end_think_id is None:
+    if think and form.think is None:
         raise UserError("think=True: this model's tokenizer has no <think> and </think>; train with think=False")
-    thought, text = tokenizer.encode_batch([f"{reasoning}\n", f"\n\n{answer}"])
-    return prompt, [*thought, tokenizer.end_think_id, *text, tokenizer.eos_id]
+    ids = _Ids(tokenizer, [])
+    if think:
+        ids.text(reasoning + form.between[0])
+        ids.form(END_THINK)
+    ids.text((form.between[1] if think else form.lead) + (answer.strip() if form.trim else answer))
+    ids.form(form.assistant[1].rstrip("\n"))
+    return prompt, ids.done()
 
 
-def _opening(tokenizer: Tokenizer, think: bool) -> list[int]:
-    """What follows `<｜Assistant｜>` in a prompt."""
-    if tokenizer.think_id is None or tokenizer.end_think_id is None:
-        return []
-    return [tokenizer.think_id, *tokenizer.encode("\n")] if think else [tokenizer.end_think_id]
+class _Ids:
+    """Ids in the making: marks of the format, and the text between them, which waits until it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int]) -> None:
+        self._tokenizer, self._ids, self._text = tokenizer, ids, ""
+
+    def form(self, part: str) -> None:
+        """Add a part of the format, in which marks are marks."""
+        for n, piece in enumerate(MARK.split(part)):
+            if n % 2:
+                self._ids = [*self.done(), self._tokenizer.marks[piece]]
+            else:
+                self._text += piece
+
+    def text(self, text: str) -> None:
+        """Add what somebody wrote."""
+        self._text += text
+
+    def done(self) -> list[int]:
+        """The ids of all that was added."""
+        self._ids += self._tokenizer.encode(self._text)
+        self._text = ""
+        return self._ids
 
 
-def _without_thinking(content: str) -> str:
-    """The answer alone, of an assistant's earlier turn."""
+def _format(tokenizer: Tokenizer) -> ChatFormat:
+    form = find_format(tokenizer.marks, tokenizer.chat_template)
+    if form is None:
+        raise UserError(
+            "messages: this model's chat format is unknown: its tokenizer has neither <｜User｜> and <｜Assistant｜> "
+            "nor the marks of DeepSeek-V2, Moonlight, Qwen2 or Llama 3; give the model plain text instead"
+        )
+    return form
+
+
+def _without_thinking(content: str, newlines: str) -> str:
+    """The answer alone, of an assistant's earlier turn; `newlines` are those the format puts before it."""
     _, mark, answer = content.rpartition(END_THINK)
-    return answer.removeprefix("\n").removeprefix("\n") if mark else content
+    for newline in newlines if mark else "":
+        answer = answer.removeprefix(newline)
+    return answer
 
 
 def _check(messages: Sequence[Message], last: Role) -> None:

@@ -1,7 +1,10 @@
-"""Byte-level BPE with DeepSeek's special tokens, in which text can never become a special token.
+"""Byte-level BPE of the DeepSeek family and its relatives, in which text can never become a special token.
 
-The two are kept apart by construction: text is encoded by a tokenizer from which every added token, the post-processor,
+The two are kept apart by construction: text is encoded by a tokenizer from which every mark, the post-processor,
 truncation and padding were removed; special ids are put in by `chat.py`, as ids. So `encode` never adds a BOS either.
+
+A mark is an added token, special or not, save for one kind: deepseek-llm and deepseek-coder add 13 letters (those whose
+code is no byte of UTF-8: À, Á, õ to ÿ) as tokens that are not special. They are text, encoded as their files say.
 """
 
 import codecs
@@ -15,10 +18,13 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from finback.errors import UserError
 from finback.paths import atomic_file
+from finback.text.bpe import BYTE_OF
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
+# Ends of turn in the other families, the likeliest EOS first; whatever is there of them stops a reply.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "[EOT]", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 FIM = tuple(f"<｜fim▁{part}｜>" for part in ("hole", "begin", "end"))
 TOOL = tuple(
     [f"<｜tool▁{unit}▁{edge}｜>" for unit in ("calls", "call", "outputs", "output") for edge in ("begin", "end")]
@@ -51,37 +57,56 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """Text to ids and back. Ids of special tokens are looked up by name; one the model lacks is None (PAD: the EOS)."""
+    """Text to ids and back. Ids of special tokens are looked up by name; one the model lacks is None (PAD: the EOS).
+
+    marks: the ids of all special tokens by name. bos_id, eos_id: as tokenizer_config.json names them (config.json is
+    wrong in some R1-Distill models), else the family's. eos_ids: any of these ends a reply. start_ids: what plain text
+    begins with: the BOS, or nothing where there is none (Qwen2) or the file says so (`add_bos_token`).
+    """
 
     def __init__(self, spec: dict[str, Any], config: dict[str, Any]) -> None:
-        """`spec` is the content of a tokenizer.json, `config` of a tokenizer_config.json."""
+        """`spec` is the content of a tokenizer.json, `config` of a tokenizer_config.json. Raises UserError."""
         self._spec, self._config = spec, config
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        self._encoder = _text_encoder(spec, added)
+        letters = [token for token in spec.get("added_tokens") or [] if _is_letter(token)]
+        self.marks: dict[str, int] = {name: added[name] for name in added.keys() - {t["content"] for t in letters}}
+        self._encoder = _text_encoder(spec, self.marks, letters)
         self._bytes = _token_bytes(spec["model"]["vocab"], added)
-        self._special = frozenset(added.values())
+        self._special = frozenset(self.marks.values())
         self.vocab_size: int = max(self._bytes) + 1
-        for name in (BOS, EOS):
-            if name not in added:
-                raise UserError(f"tokenizer.json: it has no {name}; only tokenizers of the DeepSeek family can be used")
-        self.bos_id: int = added[BOS]
-        self.eos_id: int = added[EOS]
-        self.pad_id: int = added.get(PAD, self.eos_id)
-        self.user_id: int | None = added.get(USER)
-        self.assistant_id: int | None = added.get(ASSISTANT)
-        self.think_id: int | None = added.get(THINK)
-        self.end_think_id: int | None = added.get(END_THINK)
+        eos_id = _named(config, "eos_token", self.marks, (EOS, *TURN_ENDS))
+        if eos_id is None:
+            raise UserError("tokenizer.json: no known end-of-text token; tokenizer_config.json must name its eos_token")
+        self.eos_id: int = eos_id
+        self.eos_ids = frozenset({eos_id, *(self.marks[name] for name in TURN_ENDS if name in self.marks)})
+        self.bos_id: int | None = _named(config, "bos_token", self.marks, (BOS, "<|begin_of_text|>"))
+        self.start_ids = [self.bos_id] if self.bos_id is not None and config.get("add_bos_token") is not False else []
+        self.pad_id: int = self.marks.get(_name(config.get("pad_token", PAD)), eos_id)
+        self.user_id: int | None = self.marks.get(USER)
+        self.assistant_id: int | None = self.marks.get(ASSISTANT)
+        self.think_id: int | None = self.marks.get(THINK)
+        self.end_think_id: int | None = self.marks.get(END_THINK)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read tokenizer.json and, if there is one, tokenizer_config.json. Raises UserError for files it cannot use."""
+        """Read tokenizer.json and, if there is one, tokenizer_config.json. Raises UserError for files it cannot use.
+
+        Without a tokenizer.json, tiktoken.model with its tokenizer_config.json (Moonlight) is taken.
+        """
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        config_path, ranks_path = path.with_name("tokenizer_config.json"), path.with_name("tiktoken.model")
+        config = _read_object(config_path) if config_path.is_file() else None
+        if not path.is_file() and ranks_path.is_file() and config is not None:
+            from finback.text.tiktoken import read_tiktoken
+
+            path, (spec, config) = ranks_path, read_tiktoken(ranks_path, config)
+        elif not path.is_file():
             raise UserError(f"{path}: no such file; a model folder needs the tokenizer.json that came with the model")
-        config_path = path.with_name("tokenizer_config.json")
-        config = _read_object(config_path) if config_path.is_file() else _default_config()
-        spec = _read_object(path)
+        else:
+            spec = _read_object(path)
         try:
+            if config is None:
+                config = _default_config() if any(t["content"] == BOS for t in spec["added_tokens"]) else {}
             return cls(spec, config)
         except UserError as error:
             raise UserError(f"{path.parent}: {error}") from error
@@ -122,6 +147,14 @@ class Tokenizer:
             with atomic_file(Path(folder) / name) as path:
                 path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template of tokenizer_config.json, as text: it is looked at, never run."""
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        return template if isinstance(template, str) else None
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`: no BOS, and never a special token, whatever the text says.
 
@@ -138,7 +171,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are nothing.
 
-        With `skip_special`, every added token is left out, `<think>` and the tool marks included.
+        With `skip_special`, every mark is left out, `<think>` and the tool marks included.
         """
         return b"".join(self._token(i, skip_special) for i in ids).decode("utf-8", errors="replace")
 
@@ -169,15 +202,36 @@ class TextStream:
         return rest
 
 
-def _text_encoder(spec: dict[str, Any], added: dict[str, int]) -> tokenizers.Tokenizer:
-    """The tokenizer for text alone. Added tokens leave the vocabulary too, so that no merge can arrive at one."""
+def _is_letter(token: dict[str, Any]) -> bool:
+    return len(token["content"]) == 1 and not token.get("special")
+
+
+def _name(token: Any) -> str:
+    """The name of a token in tokenizer_config.json, which is a string or an object; "" for none."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else ""
+
+
+def _named(config: dict[str, Any], key: str, marks: dict[str, int], known: Sequence[str]) -> int | None:
+    """The id of the token that tokenizer_config.json names, where it says nothing of the first known one."""
+    if key not in config:
+        return next((marks[name] for name in known if name in marks), None)
+    name = _name(config[key])
+    if name and name not in marks:
+        raise UserError(f"tokenizer_config.json: {key} {name!r} is none of the added tokens of tokenizer.json")
+    return marks.get(name)
+
+
+def _text_encoder(spec: dict[str, Any], marks: dict[str, int], kept: list[dict[str, Any]]) -> tokenizers.Tokenizer:
+    """The tokenizer for text alone. Marks leave the vocabulary too, so that no merge can arrive at one."""
     kinds = [part.get("type") for part in _parts(spec.get("decoder"), "decoders")]
     if spec["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
-        raise UserError("tokenizer.json: not a byte-level BPE; only tokenizers of the DeepSeek family can be used")
+        raise UserError("tokenizer.json: not a byte-level BPE; only such tokenizers can be used")
     model = dict(spec["model"])
-    model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in added}
-    model["merges"] = [merge for merge in model["merges"] if added.keys().isdisjoint(_merge_tokens(merge))]
-    bare = {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in marks}
+    model["vocab"] |= {token["content"]: token["id"] for token in kept}  # where it is missing they get other ids
+    model["merges"] = [merge for merge in model["merges"] if marks.keys().isdisjoint(_merge_tokens(merge))]
+    bare = {**spec, "model": model, "added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
     return tokenizers.Tokenizer.from_str(json.dumps(bare))
 
 
@@ -195,12 +249,8 @@ def _merge_tokens(merge: str | list[str]) -> set[str]:
 
 
 def _token_bytes(vocab: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
-    """The bytes of every token. Byte-level BPE writes each byte as one printable character (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): bytes([byte]) for byte in printable}
-    table |= {chr(256 + n): bytes([byte]) for n, byte in enumerate(others)}
-    text = {i: b"".join(table.get(char) or char.encode() for char in token) for token, i in vocab.items()}
+    """The bytes of every token."""
+    text = {i: b"".join(BYTE_OF.get(char) or char.encode() for char in token) for token, i in vocab.items()}
     return text | {i: token.encode() for token, i in added.items()}
 
 

@@ -99,7 +99,10 @@ def _settings(config: Config, dtype: str) -> dict[str, Any]:
 
 def _generation_config(config: Config, tokenizer: Tokenizer | None, greedy: bool) -> dict[str, Any]:
     """How to decode, with the special tokens of the tokenizer where there is one."""
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (config.bos_token_id, config.eos_token_id)
+    bos: int | None = tokenizer.bos_id if tokenizer else config.bos_token_id
+    eos: int | list[int] | None = config.eos_token_id
+    if tokenizer:
+        eos = tokenizer.eos_id if len(tokenizer.eos_ids) == 1 else sorted(tokenizer.eos_ids)
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
     return {"bos_token_id": bos, "eos_token_id": eos, **sampling}
 
