@@ -3,9 +3,9 @@
 from typing import Any
 
 from finback.errors import UserError
-from finback.model.config import Config
 from finback.model.sizes import cache_numbers, sizes
-from finback.paths import model_folder
+from finback.paths import model_path
+from finback.weights.reader import read_config
 from finback.weights.store import read_json
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -18,11 +18,10 @@ def describe(model: str) -> dict[str, Any]:
     Cache bytes are per token in the model's precision; multi-head attention would keep a key and a value of head size
     (qk_nope_head_dim, v_head_dim) for every head and layer (V2 TR table 1).
     """
-    folder = model_folder(model)
-    settings = read_json(folder / "config.json")
-    config = Config.from_dict(settings)
+    path, config, settings = read_config(model)
     count = sizes(config)
     precision = settings.get("torch_dtype") or settings.get("dtype") or "bfloat16"
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else sorted(path.parent.glob("*.gguf"))
     per_number = _BYTES.get(precision, 2)
     value = config.query_dim if config.kv_lora_rank is None else config.v_head_dim
     nope = config.query_dim if config.kv_lora_rank is None else config.qk_nope_head_dim
@@ -31,7 +30,7 @@ def describe(model: str) -> dict[str, Any]:
     scaled = config.rope_scaling
     return {
         "model": model,
-        "folder": str(folder),
+        "folder": str(path),
         "architecture": config.family.architecture,
         "layers": config.num_hidden_layers,
         "dense_layers": min(config.first_k_dense_replace, config.num_hidden_layers),
@@ -44,8 +43,8 @@ def describe(model: str) -> dict[str, Any]:
         "parameters_total": count.total,
         "parameters_active": count.active,
         "parameters_mtp": count.mtp,
-        "precision": settings.get("quantization_config", {}).get("quant_method", precision),
-        "weights_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "precision": "GGUF" if path.is_file() else "fp8" if settings.get("quantization_config") else precision,
+        "weights_bytes": sum(file.stat().st_size for file in files),
         "cache_numbers_per_token": cached,
         "cache_bytes_per_token": cached * per_number,
         "multi_head_cache_bytes_per_token": heads * per_number,
@@ -59,13 +58,13 @@ def describe(model: str) -> dict[str, Any]:
 
 def default_dtype(model: str) -> str:
     """The precision to run in: float32 where that is at most 1 GiB (on CPUs also the faster), else the checkpoint's."""
-    count = sizes(Config.from_dict(read_json(model_folder(model) / "config.json")))
+    count = sizes(read_config(model)[1])
     return "float32" if 4 * (count.total + count.mtp) <= _SMALL else "auto"
 
 
 def sampling_defaults(model: str) -> dict[str, Any]:
     """Temperature, top_p and top_k as the model's generation_config.json has them; greedy where it has none."""
-    path = model_folder(model) / "generation_config.json"
+    path = model_path(model) / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     if not settings.get("do_sample"):
         return {"temperature": 0.0, "top_p": 1.0}

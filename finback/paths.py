@@ -19,17 +19,30 @@ def home() -> Path:
     return Path(os.environ.get("FINBACK_HOME") or Path.home() / ".finback").expanduser()
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model given as a path, a name ("NAME", "ORG/NAME") under `home()/models`, or a packaged name.
+def model_path(name: str) -> Path:
+    """The folder or GGUF file of a model: a path, a name ("NAME", "ORG/NAME") under `home()/models`, or a packaged one.
 
-    Raises UserError that lists the names which exist.
+    A folder without safetensors that holds one GGUF model (its first part, where it is split) means that. Raises
+    UserError that lists the names which exist.
     """
     roots = [] if Path(name).is_absolute() or ".." in Path(name).parts else _roots()  # a name stays inside its root
     for folder in [Path(name).expanduser(), *(root / name for root in roots)]:
-        if (folder / "config.json").is_file():
-            return folder
-    known = ", ".join(known for known, folder in installed() if (folder / "config.json").is_file())
-    raise UserError(f"--model {name!r}: no folder with a config.json there; known models: {known or 'none'}")
+        if (path := _model_at(folder)) is not None:
+            return path
+    known = ", ".join(known for known, folder in installed() if _model_at(folder))
+    raise UserError(f"--model {name!r}: no folder with a config.json and no GGUF file; known models: {known or 'none'}")
+
+
+def _model_at(place: Path) -> Path | None:
+    if place.suffix == ".gguf" and place.is_file():
+        return place
+    if next(place.glob("*.safetensors"), None) is None:
+        first = [file for file in sorted(place.rglob("*.gguf")) if "-of-" not in file.stem or "-00001-of-" in file.stem]
+        if len(first) > 1:
+            raise UserError(f"{place}: holds {len(first)} GGUF models; name one, as in --model {first[0]}")
+        if first:
+            return first[0]
+    return place if (place / "config.json").is_file() else None
 
 
 def installed() -> list[tuple[str, Path]]:
@@ -37,7 +50,8 @@ def installed() -> list[tuple[str, Path]]:
     found: dict[str, Path] = {}
     for root in _roots():
         for pattern in ("*", "*/*"):  # a folder inside a model is not another model
-            folders = {file.parent for mark in ("config.json", MANIFEST) for file in root.glob(f"{pattern}/{mark}")}
+            marks = ("config.json", MANIFEST, "*.gguf")
+            folders = {file.parent for mark in marks for file in root.glob(f"{pattern}/{mark}")}
             for folder in folders:
                 name = folder.relative_to(root)
                 hidden = any(part.startswith(".") for part in name.parts)

@@ -13,12 +13,12 @@ import torch
 import finback
 from finback.evaluate import evaluate
 from finback.model import Config
-from finback.paths import model_folder
+from finback.paths import model_path
 from finback.tasks import TASKS, sample
 from finback.text import prompt_ids
 
 ROOT = Path(__file__).parent.parent
-FOLDER = model_folder("calf")
+FOLDER = model_path("calf")
 HONEST = next(sample("open", 0, 1)).answer
 
 

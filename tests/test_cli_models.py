@@ -72,7 +72,7 @@ def test_ls_shows_every_model_and_what_is_wrong_with_it(home):
     shown = json.loads(finback("show", "whales/minke", "--json").stdout)
     assert minke["parameters_total"] == shown["parameters_total"]
     assert odd["architecture"] is odd["parameters_total"] is None
-    assert "hidden_size" in odd["error"]
+    assert "model_type" in odd["error"]
     lines = finback("ls").stdout.splitlines()
     assert lines[0].split("\t") == ["name", "architecture", "parameters", "size", "where"]
     assert lines[2].startswith("odd\t") and "hidden_size" in lines[2]

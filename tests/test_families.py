@@ -144,6 +144,9 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
         ("R1-Distill-Llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max"),
         ("R1-Distill-Llama", {"rope_theta": float("nan")}, "rope_theta"),
         ("deepseek-moe-16b", {"n_routed_experts": 2}, "num_experts_per_tok"),
+        ("V2", {"num_hidden_layers": 2**31}, "num_hidden_layers"),
+        ("V2", {"n_routed_experts": 10**9}, "n_routed_experts"),
+        ("V2", {"hidden_size": 10**18}, "hidden_size"),
     ],
 )
 def test_what_the_family_does_not_do_is_one_clear_line(name, change, named):

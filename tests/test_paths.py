@@ -35,23 +35,23 @@ def test_a_model_is_a_path_or_a_name(monkeypatch, tmp_path):
     pulled = make_model(tmp_path / "home" / "models" / "minke")
     packaged = make_model(tmp_path / "package" / "models" / "calf")
     elsewhere = make_model(tmp_path / "elsewhere" / "run")
-    assert paths.model_folder("minke") == pulled
-    assert paths.model_folder("calf") == packaged
-    assert paths.model_folder(str(elsewhere)) == elsewhere
+    assert paths.model_path("minke") == pulled
+    assert paths.model_path("calf") == packaged
+    assert paths.model_path(str(elsewhere)) == elsewhere
     mine = make_model(tmp_path / "home" / "models" / "calf")
-    assert paths.model_folder("calf") == mine, "a user's model comes before the packaged one of the same name"
+    assert paths.model_path("calf") == mine, "a user's model comes before the packaged one of the same name"
 
 
 def test_an_unknown_model_names_those_that_exist(monkeypatch, tmp_path):
     monkeypatch.setenv("FINBACK_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
     with pytest.raises(UserError, match="known models: none"):
-        paths.model_folder("orca")
+        paths.model_path("orca")
     make_model(tmp_path / "home" / "models" / "minke")
     make_model(tmp_path / "package" / "models" / "calf")
     (tmp_path / "home" / "models" / "half").mkdir()
     with pytest.raises(UserError, match=r"--model 'orca'.*known models: calf, minke$"):
-        paths.model_folder("orca")
+        paths.model_path("orca")
 
 
 def test_a_name_may_have_an_organisation_and_stays_inside(monkeypatch, tmp_path):
@@ -59,10 +59,10 @@ def test_a_name_may_have_an_organisation_and_stays_inside(monkeypatch, tmp_path)
     monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
     nested = make_model(tmp_path / "home" / "models" / "whales" / "minke")
     make_model(tmp_path / "home" / "secret")
-    assert paths.model_folder("whales/minke") == nested
+    assert paths.model_path("whales/minke") == nested
     for name in ("../secret", "whales/../../secret"):
         with pytest.raises(UserError, match=r"known models: whales/minke$"):
-            paths.model_folder(name)
+            paths.model_path(name)
 
 
 def test_installed_models_are_those_that_names_mean(monkeypatch, tmp_path):

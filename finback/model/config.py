@@ -93,6 +93,10 @@ class Config:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} = {getattr(self, name)}; it must be at least 1")
+        for field in fields(self):
+            limit = _LIMITS.get(field.name, _LIMIT)
+            if isinstance(value := getattr(self, field.name), int) and value > limit:
+                raise UserError(f"config.json: {field.name} = {value}; it must be at most {limit:,}")
         if self.rope_dim % 2:
             name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
             raise UserError(f"config.json: {name} = {self.rope_dim}; it must be even (pairs turn)")
@@ -233,6 +237,14 @@ def _check_types(values: "Config | Scaling", prefix: str = "") -> None:
             raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must not be negative, nor infinite")
 
 
+# Far above any real model, and small enough that a lying file costs no time and no number of bytes overflows.
+_LIMIT = 10**6
+_LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers"), 1000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts"), 4096),
+    **dict.fromkeys(("vocab_size", "bos_token_id", "eos_token_id"), 10**7),
+    "max_position_embeddings": 10**9,
+}
 _YARN = '{"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}'
 _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from finback.model.decoder import Model
-from finback.model.weight import Index, Weight
+from finback.model.weight import Index, PackedWeight, Weight
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -32,6 +32,13 @@ class Place:
     shape: tuple[int, ...]
     weight: Weight | None = None
     index: Index = ()
+
+    def values(self) -> Tensor:
+        """The tensor itself, what is packed dequantised."""
+        if isinstance(self.weight, PackedWeight):
+            codes, scale = self.tensors.values()
+            return self.weight.form.dequantise(codes, scale, self.shape[-1], self.weight.dtype)
+        return self.tensors[""]
 
     def fill(self, start: int, values: Tensor) -> None:
         """Store rows start .. start + len(values) - 1 of it, given as floats."""

@@ -1,4 +1,4 @@
-"""Packed weights kept beside their model, so that they are quantised once: MODEL/packs/int8-bfloat16/."""
+"""Packed weights kept beside their model, so that they are quantised once: packs/int8-bfloat16/ in its folder."""
 
 import json
 import warnings
@@ -16,32 +16,34 @@ _STAMP = "pack.json"
 _VERSION = 1
 
 
-def find(folder: Path, form: str, dtype: torch.dtype) -> Path | None:
+def find(model: Path, form: str, dtype: torch.dtype) -> Path | None:
     """The folder of a pack made from exactly these files, or None."""
-    kept = _place(folder, form, dtype)
+    kept = _place(model, form, dtype)
     try:
         made_from = store.read_json(kept / _STAMP)
     except UserError:
         return None
-    return kept if made_from == _stamp(folder) else None
+    return kept if made_from == _stamp(model) else None
 
 
-def keep(model: Model, folder: Path, form: str, dtype: torch.dtype) -> None:
+def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> None:
     """Write a packed model's tensors beside the checkpoint; where that cannot be, a warning says so."""
     try:
-        with atomic_folder(_place(folder, form, dtype)) as temporary:
-            parts = ((p.name + suffix, tensor) for p in layout.places(model) for suffix, tensor in p.tensors.items())
+        with atomic_folder(_place(model, form, dtype)) as temporary:
+            parts = ((p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items())
             store.write(temporary, parts)
-            (temporary / _STAMP).write_text(json.dumps(_stamp(folder)), encoding="utf-8")
+            (temporary / _STAMP).write_text(json.dumps(_stamp(model)), encoding="utf-8")
     except OSError as error:
-        warnings.warn(f"{folder / FOLDER}: the packed weights could not be kept ({error})", stacklevel=2)
+        warnings.warn(f"{model}: the packed weights could not be kept ({error})", stacklevel=2)
 
 
-def _place(folder: Path, form: str, dtype: torch.dtype) -> Path:
-    return folder / FOLDER / f"{form}-{str(dtype).removeprefix('torch.')}"
+def _place(model: Path, form: str, dtype: torch.dtype) -> Path:
+    folder, name = (model, "") if model.is_dir() else (model.parent, f"{model.stem}-")
+    return folder / FOLDER / f"{name}{form}-{str(dtype).removeprefix('torch.')}"
 
 
-def _stamp(folder: Path) -> dict[str, object]:
+def _stamp(model: Path) -> dict[str, object]:
     """What a pack is made from: every weight file's name, size and time."""
-    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))}
+    weights = sorted(model.glob("*.safetensors") if model.is_dir() else model.parent.glob("*.gguf"))
+    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in weights}
     return {"version": _VERSION, "files": files}

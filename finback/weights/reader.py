@@ -18,15 +18,17 @@ from finback.model.decoder import Model
 from finback.model.moe import Router
 from finback.model.sizes import memory
 from finback.model.weight import PackedWeight
-from finback.paths import model_folder
+from finback.paths import model_path
 from finback.progress import bar
-from finback.text.tokenizer import Tokenizer
+from finback.text import Tokenizer, tokenizer_from_gguf
 from finback.weights import layout, packs, store
+from finback.weights.gguf_file import GGUF
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUGE = 4 << 20
 
 
+@torch.inference_mode(False)  # made in inference mode, parameters could not be filled by threads, nor trained
 def load(
     name_or_path: str | Path,
     dtype: str | torch.dtype = "auto",
@@ -36,7 +38,7 @@ def load(
     context: int = 4096,
     force: bool = False,
 ) -> Model:
-    """Load a model by path (a folder), or by name from the models on this machine, in eval mode.
+    """Load a model by path (a folder, or a GGUF file), or by name from the models on this machine, in eval mode.
 
     `dtype`: "auto" keeps the checkpoint's (FP8 matrices stay FP8), or one of float32, bfloat16, float16. `quantize`:
     int8, int4 or fp8 packs the matrices while they are read; the result is kept beside the model and read next time.
@@ -47,12 +49,10 @@ def load(
     """
     if quantize is not None and quantize not in FORMATS:
         raise UserError(f"quantize={quantize!r} is not known; allowed: {', '.join(FORMATS)}")
-    folder = model_folder(str(name_or_path))
-    store.check_links(folder)
-    settings = store.read_json(folder / "config.json")
-    source: store.Source = store.Checkpoint(folder)
-    config = _without_absent_mtp(Config.from_dict(settings), source)
-    stored_fp8 = _stored_fp8(settings, folder)
+    path, config, settings = read_config(name_or_path)
+    source: store.Source = store.Checkpoint(path) if path.is_dir() else GGUF(path)
+    config = _without_absent_mtp(config, source)
+    stored_fp8 = _stored_fp8(settings, path)
     kept, place = _dtype(dtype, source), _device(device)
     form = quantize or ("fp8" if stored_fp8 and dtype == "auto" else None)
     if not force and place.type == "cpu":
@@ -63,18 +63,31 @@ def load(
         if form is not None:
             pack(model, form, kept, source if quantize is None else None)
     _materialise(model, kept, place)
-    cached = packs.find(folder, quantize, kept) if quantize is not None else None
-    fill(model, source if cached is None else store.Checkpoint(cached), folder.name)
+    cached = packs.find(path, quantize, kept) if quantize is not None else None
+    fill(model, source if cached is None else store.Checkpoint(cached), path.name)
     if quantize is not None and cached is None:
-        packs.keep(model, folder, quantize, kept)
+        packs.keep(model, path, quantize, kept)
     return model.eval()
 
 
+def read_config(name_or_path: str | Path) -> tuple[Path, Config, dict[str, Any]]:
+    """Where a model is (a folder, or a GGUF file), its configuration, and the config.json that it was read from."""
+    path = model_path(str(name_or_path))
+    if path.is_file():
+        config = GGUF(path).config
+        return path, config, config.to_dict()
+    store.check_links(path)
+    settings = store.read_json(path / "config.json")
+    return path, Config.from_dict(settings), settings
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a model folder; names resolve as in `load`."""
-    folder = model_folder(str(name_or_path))
-    store.check_links(folder)
-    return Tokenizer.load(folder)
+    """Load the tokenizer of a model folder, or of a GGUF file; names resolve as in `load`."""
+    path = model_path(str(name_or_path))
+    if path.is_file():
+        return tokenizer_from_gguf(GGUF(path).metadata)
+    store.check_links(path)
+    return Tokenizer.load(path)
 
 
 def check_room(name: str, config: Config, dtype: torch.dtype, form: str | None, context: int) -> None:

@@ -82,8 +82,7 @@ class _Stored:
         fp8, weight = FORMATS["fp8"], place.weight
         tensors = place.tensors
         if isinstance(weight, PackedWeight) and weight.form.name != fp8.name:
-            codes, scale = tensors.values()
-            tensors = {"": weight.form.dequantise(codes, scale, weight.cols, weight.dtype)}
+            tensors = {"": place.values()}
         if self._quantize == fp8.name and weight is not None and len(tensors) == 1 and not layout.is_kept(place.name):
             tensors = dict(zip(("", fp8.suffix), fp8.quantise(tensors[""]), strict=True))
         if len(tensors) == 2:

@@ -1,0 +1,293 @@
+"""GGUF files: the same weights as in safetensors, every type as the gguf library reads it, and nothing past the end."""
+
+import os
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_model import tiny_model
+
+from finback.engine import Engine, Sampling
+from finback.errors import UserError
+from finback.model import Config, Llama3Scaling, Model
+from finback.text import Tokenizer
+from finback.weights import load, load_tokenizer
+from finback.weights.gguf_file import GGUF, write
+
+TOKENIZER = Tokenizer.train(["one two three " * 20, "vier fünf"], vocab_size=300)
+IDS = torch.randint(300, (2, 50), generator=torch.Generator().manual_seed(3))
+LLAMA3 = Llama3Scaling(8.0, 8192)
+CHANGES = {"R1-Distill-Llama": {"rope_scaling": LLAMA3, "max_position_embeddings": 131072, "rope_theta": 5e5}}
+
+
+def model_of(name: str, **changes) -> Model:
+    config = Config.from_dict(FAMILIES[name] | {"vocab_size": 310})
+    return tiny_model(replace(config, **{"bos_token_id": 0, "eos_token_id": 1, **CHANGES.get(name, {}), **changes}))
+
+
+def in_bf16(model: Model) -> Model:
+    """The numbers a BF16 file can hold: matrices rounded, the rest as it is."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("mlp.gate.weight"):
+            parameter.data.copy_(parameter.data.bfloat16().float())
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_what_we_write_in_bf16_is_the_model(name, tmp_path):
+    """Configuration, logits, greedy tokens and tokenizer, through the names and the layout llama.cpp uses."""
+    model = in_bf16(model_of(name))
+    write(model, TOKENIZER, tmp_path / "m.gguf", "bf16")
+    again = load(tmp_path / "m.gguf", dtype="float32")
+    expected = replace(model.config, bos_token_id=again.config.bos_token_id, eos_token_id=again.config.eos_token_id)
+    assert replace(again.config, initializer_range=expected.initializer_range) == expected
+    assert (again(IDS) - model(IDS)).abs().max() <= 1e-5
+    sampling = Sampling(max_tokens=64, temperature=0, ignore_eos=True)
+    prompt = [IDS[0, :10].tolist()]
+    one, other = (next(Engine(m, max_batch=1).generate(prompt, sampling)) for m in (model, again))
+    assert one.token_ids == other.token_ids
+    assert load_tokenizer(tmp_path / "m.gguf").encode("two fünf <｜User｜>") == TOKENIZER.encode("two fünf <｜User｜>")
+    assert load(tmp_path / "m.gguf").decoder.embed_tokens.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_q8_0_is_what_the_library_makes_of_it(tmp_path):
+    """Every matrix of 32 columns or more as the library quantises and dequantises it, and the model runs as that."""
+    model = model_of("V3, R1")
+    write(model, TOKENIZER, tmp_path / "m.gguf", "q8_0")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert kinds["token_embd.weight"] == kinds["blk.1.attn_q_a.weight"] == kinds["blk.2.ffn_up_exps.weight"] == "Q8_0"
+    assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.attn_norm.weight"] == "F32"
+    assert kinds["blk.1.attn_q_b.weight"] == "BF16"  # 10 columns
+    again = load(tmp_path / "m.gguf", dtype="float32")
+    for part in ("gate_up", "down"):
+        ours = getattr(again.decoder.layers["2"].mlp.experts, part).dense().numpy()
+        values = getattr(model.decoder.layers["2"].mlp.experts, part).dense().numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if values.shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.BF16
+        assert np.array_equal(ours, gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind))
+    assert 0 < (again(IDS) - model(IDS)).abs().median() < 0.1
+
+
+READABLE = [
+    kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits or kind.name in ("F32", "F16")
+]
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def wide_file(path: Path, kind: gguf.GGMLQuantizationType, seed: int = 0) -> dict[str, np.ndarray]:
+    """A Qwen2 whose matrices are random bytes of one type; returns what the library reads of them."""
+    model = model_of("R1-Distill-Qwen", hidden_size=256, intermediate_size=512, head_dim=None, num_hidden_layers=1)
+    write(model, TOKENIZER, path.with_suffix(".plain"), "bf16")
+    reader = gguf.GGUFReader(path.with_suffix(".plain"))
+    writer = gguf.GGUFWriter(path, "qwen2")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            array = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if array else None)
+    rng, expected = np.random.default_rng(seed), {}
+    for tensor in reader.tensors:
+        shape = tuple(reversed(tensor.shape.tolist()))
+        if len(shape) == 1:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+            continue
+        # Bytes below 0x3c: whatever half of a float16 scale they are, it is finite.
+        data = rng.integers(0, 0x3C, gguf.quants.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        expected[tensor.name] = gguf.quants.dequantize(data, kind).reshape(shape)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return expected
+
+
+@pytest.mark.parametrize("kind", READABLE, ids=lambda kind: kind.name)
+def test_every_type_is_read_as_the_library_reads_it(kind, tmp_path):
+    expected = wide_file(tmp_path / "m.gguf", kind)
+    layer = load(tmp_path / "m.gguf", dtype="float32").decoder.layers["0"]
+    for name, module in (("attn_q", layer.self_attn.q_proj), ("ffn_down", layer.mlp.down_proj)):
+        assert np.array_equal(module.weight.dense().detach().numpy(), expected[f"blk.0.{name}.weight"])
+
+
+def rewritten(source: Path, target: Path, drop: set[str] = frozenset(), **fields) -> None:
+    """A GGUF file with other metadata, tensors of `drop` left out."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, fields.pop("architecture", reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or name in drop:
+            continue
+        array = field.types[0] == gguf.GGUFValueType.ARRAY
+        value, kind = fields.pop(name, field.contents()), field.types[0]
+        kind = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32}.get(type(value), kind)
+        writer.add_key_value(name, value, kind, field.types[-1] if array else None)
+    for tensor in reader.tensors:
+        if tensor.name not in drop:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+@torch.no_grad()
+def test_files_from_before_absorbed_attention_are_read(tmp_path):
+    """attn_kv_b whole, head sizes without _mla, no keys for groups: those of 2024 and early 2025."""
+    model = in_bf16(model_of("Moonlight"))
+    write(model, TOKENIZER, tmp_path / "new.gguf", "bf16")
+    reader = gguf.GGUFReader(tmp_path / "new.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "deepseek2")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or "_mla" in name or "group" in name:
+            continue
+        value = {"deepseek2.attention.key_length": 14, "deepseek2.attention.value_length": 5}.get(
+            name, field.contents()
+        )
+        array = field.types[0] == gguf.GGUFValueType.ARRAY
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if array else None)
+    for tensor in reader.tensors:
+        if "attn_v_b" not in tensor.name and "attn_k_b" not in tensor.name:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for i, layer in model.decoder.layers.items():
+        writer.add_tensor(f"blk.{i}.attn_kv_b.weight", layer.self_attn.kv_b_proj.weight.dense().numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    assert (load(tmp_path / "old.gguf", dtype="float32")(IDS) - model(IDS)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_a_split_file_is_read_by_its_first_part(tmp_path):
+    model = in_bf16(model_of("R1-Distill-Qwen"))
+    write(model, TOKENIZER, tmp_path / "m.gguf", "bf16")
+    names = [t.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors]
+    (tmp_path / "s").mkdir()
+    first, second = (tmp_path / "s" / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    rewritten(tmp_path / "m.gguf", first, drop=set(names[5:]))
+    rewritten(tmp_path / "m.gguf", second, drop=set(names[:5]))
+    for place in (first, tmp_path / "s"):
+        assert (load(place, dtype="float32")(IDS) - model(IDS)).abs().max() <= 1e-5
+    second.unlink()
+    with pytest.raises(UserError, match=r"m-00002-of-00002\.gguf"):
+        load(first)
+
+
+@torch.no_grad()
+def test_a_gguf_file_can_be_packed_and_the_pack_is_kept(tmp_path):
+    model = model_of("V2-Lite")
+    write(model, TOKENIZER, tmp_path / "m.gguf", "bf16")
+    one, other = load(tmp_path / "m.gguf", quantize="int8"), load(tmp_path / "m.gguf", quantize="int8")
+    assert (tmp_path / "packs" / "m-int8-bfloat16" / "pack.json").is_file()
+    assert torch.equal(one(IDS), other(IDS)) and (one(IDS) - model(IDS)).abs().mean() < 0.5
+
+
+def test_a_llama_rule_that_no_file_can_hold_is_refused(tmp_path):
+    model = model_of("R1-Distill-Llama", rope_scaling=Llama3Scaling(8.0, 64))
+    with pytest.raises(UserError, match="rope_scaling"):
+        write(model, TOKENIZER, tmp_path / "m.gguf", "bf16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    write(model_of("V3, R1"), TOKENIZER, path, "bf16")
+    return path
+
+
+def refused(path: Path, *named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(path)
+    for text in named:
+        assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"architecture": "mamba"}, "mamba"),
+        ({"deepseek2.block_count": 4}, "lacks"),
+        ({"deepseek2.block_count": 2**31}, ""),
+        ({"deepseek2.embedding_length": 64}, "[310, 64]"),
+        ({"deepseek2.expert_count": 7}, "n_routed_experts"),
+        ({"deepseek2.expert_used_count": "many"}, "num_experts_per_tok"),
+        ({"deepseek2.attention.key_length_mla": 3}, "qk_nope_head_dim"),
+        ({"deepseek2.rope.freq_base": float("nan")}, "rope_theta"),
+        ({"deepseek2.rope.scaling.factor": "forty"}, "factor"),
+    ],
+)
+def test_metadata_that_lies_is_one_clear_line(good, tmp_path, fields, named):
+    rewritten(good, tmp_path / "m.gguf", **fields)
+    refused(tmp_path / "m.gguf", named)
+
+
+@pytest.mark.parametrize("key", ["embedding_length", "block_count", "expert_count", "rope.dimension_count"])
+def test_a_missing_key_is_named(good, tmp_path, key):
+    rewritten(good, tmp_path / "m.gguf", drop={f"deepseek2.{key}"})
+    refused(tmp_path / "m.gguf", f"deepseek2.{key}")
+
+
+@pytest.mark.parametrize("tensor", ["blk.1.attn_k_b.weight", "blk.2.ffn_up_exps.weight", "blk.1.exp_probs_b.bias"])
+def test_a_missing_tensor_is_named(good, tmp_path, tensor):
+    rewritten(good, tmp_path / "m.gguf", drop={tensor})
+    refused(tmp_path / "m.gguf", "lacks", f"model.layers.{tensor.split('.')[1]}.")
+
+
+def test_nan_is_named(tmp_path):
+    model = model_of("R1-Distill-Qwen")
+    model.decoder.layers["1"].mlp.up_proj.weight.value.data[3, 4] = float("nan")
+    write(model, TOKENIZER, tmp_path / "m.gguf", "bf16")
+    refused(tmp_path / "m.gguf", "'blk.1.ffn_up.weight'", "NaN")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 4, 24, 100, 5000, -1, -5000])
+def test_a_truncated_file_is_one_clear_line(good, tmp_path, keep):
+    (tmp_path / "m.gguf").write_bytes(good.read_bytes()[:keep])
+    refused(tmp_path / "m.gguf", "m.gguf")
+
+
+def test_counts_beyond_all_bounds_end_at_once(good, tmp_path):
+    """Numbers of keys, tensors and elements that a reader would count to for years."""
+    content = good.read_bytes()
+    tokens = content.index(b"tokenizer.ggml.merges") + len(b"tokenizer.ggml.merges") + 8
+    for place in (8, 16, tokens):
+        changed = bytearray(content)
+        changed[place : place + 8] = (2**62).to_bytes(8, "little")
+        (tmp_path / "m.gguf").write_bytes(changed)
+        refused(tmp_path / "m.gguf", "m.gguf")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_header_is_read_or_refused_and_never_more(good, tmp_path, seed):
+    """Bytes of the header changed at random: a model that is whole, or one line; no crash, no other error."""
+    rng = random.Random(seed)
+    content = bytearray(good.read_bytes())
+    end = content.rindex(b"output.weight") + 60
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        content[rng.randrange(end)] = rng.choice([0, 1, 127, 255, rng.randrange(256)])
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    try:
+        load(path, force=True)
+        load_tokenizer(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_of_several_models_in_a_folder_one_must_be_named(good, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(good, tmp_path / name)
+    refused(tmp_path, "2 GGUF models", "a.gguf")
+    os.remove(tmp_path / "b.gguf")
+    assert load(tmp_path)
+
+
+def test_without_the_library_it_says_what_to_install(good, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UserError, match=r"finback\[gguf\]"):
+        GGUF(good)
