@@ -1,15 +1,19 @@
 """What a model folder says about its model, without reading the weights."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from finback.errors import UserError
-from finback.model.sizes import cache_numbers, sizes
+from finback.kernels.quantise import FORMATS
+from finback.model.sizes import cache_numbers, memory, sizes
 from finback.paths import model_path
 from finback.weights.reader import read_config
 from finback.weights.store import read_json
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SMALL = 2**30
+_CONTEXT = 4096
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -53,7 +57,22 @@ def describe(model: str) -> dict[str, Any]:
         "rope_scaling": None
         if scaled is None
         else f"x{scaled.factor:g} from {scaled.original_max_position_embeddings:,}",
+        "licence": _licence(path if path.is_dir() else path.parent),
+        **{f"memory_{form or 'bfloat16'}": memory(config, 2, form, _CONTEXT).total for form in (None, *FORMATS)},
     }
+
+
+def _licence(folder: Path) -> str | None:
+    """What the model's card says, else the first line of its licence."""
+    for card in ("README.md", "MODEL_CARD.md"):
+        if (folder / card).is_file():
+            head = (folder / card).read_text(encoding="utf-8", errors="replace")[:4096]
+            if found := re.search(r"^(?:license_name|license): *[\"']?([\w.+-]{1,60})", head, re.MULTILINE):
+                return found[1]
+    for file in sorted(folder.glob("LICENSE*")):
+        lines = file.read_text(encoding="utf-8", errors="replace")[:4096].split("\n")
+        return next((line.strip()[:80] for line in lines if line.strip()), None)
+    return None
 
 
 def default_dtype(model: str) -> str:

@@ -34,6 +34,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_CONTEXT = 4096  # tokens that a conversation is given room for in memory
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     cls=_Commands,
@@ -46,7 +47,7 @@ app = typer.Typer(
 tasks_app = typer.Typer(no_args_is_help=True, context_settings=_SETTINGS, rich_markup_mode=None)
 app.add_typer(tasks_app, name="tasks", help="The verifiable problems that models are trained and measured on.")
 
-Model = Annotated[str, typer.Option("--model", help="A model's name, or its folder.")]
+Model = Annotated[str, typer.Option("--model", help="A model's name, its folder, or a GGUF file.")]
 Think = Annotated[bool, typer.Option("--think/--no-think", help="Think before answering.")]
 MaxTokens = Annotated[
     int | None, typer.Option(help="New tokens at most, thinking included. [default: the context's rest]")
@@ -58,6 +59,11 @@ Dtype = Annotated[
         help="float32, bfloat16 or auto, the checkpoint's. [default: float32 up to 1 GiB of weights, else auto]"
     ),
 ]
+Quantize = Annotated[
+    Literal["int8", "int4", "fp8"] | None,
+    typer.Option(help="Pack the weights; kept beside the model for the next time. [default: as they are stored]"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Load even what memory seems too small for.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Difficulty = Annotated[int | None, typer.Option(help="1 is easiest. [default: the task's own]")]
 
@@ -83,6 +89,8 @@ def ask(
     temperature: Temperature = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Ask one question. The answer goes to stdout, the thinking to stderr.
@@ -92,7 +100,8 @@ def ask(
     text = sys.stdin.read().strip() if question == "-" else question
     if not text.strip():
         raise UserError("the question is empty; give it as text, or as - and send it to standard input")
-    engine, sampling = _open(model, max_tokens, temperature, seed, dtype)
+    options = {"dtype": dtype, "quantize": quantize, "force": force}
+    engine, sampling = _open(model, max_tokens, temperature, seed, options)
     messages: list[Message] = [{"role": "user", "content": text}]
     stream = engine.stream(messages, sampling, think=think)
     if not json:
@@ -121,12 +130,15 @@ def chat(
     temperature: Temperature = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    force: Force = False,
 ) -> None:
     """Talk with a model. Standard input may be a pipe: each line is one turn.
 
     Example: finback chat --no-think
     """
-    engine, sampling = _open(model, max_tokens, temperature, seed, dtype)
+    options = {"dtype": dtype, "quantize": quantize, "force": force}
+    engine, sampling = _open(model, max_tokens, temperature, seed, options)
     if sys.stdin.isatty():
         terminal.note(f"{model}, offline. /help lists the commands; Ctrl-D leaves.")
     terminal.converse(
@@ -207,6 +219,7 @@ def evaluate(
     max_tokens: MaxTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     out: Annotated[Path | None, typer.Option(help="Write every problem and reply there, JSON lines.")] = None,
     json: Json = False,
 ) -> None:
@@ -218,7 +231,8 @@ def evaluate(
     from finback.evaluate import evaluate as measure
 
     options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
-    result = measure(model, task, n, seed, dtype=dtype or default_dtype(model), records=out, **options)
+    options |= {"dtype": dtype or default_dtype(model), "quantize": quantize}
+    result = measure(model, task, n, seed, records=out, **options)
     if json:
         terminal.print_json(result)
         return
@@ -252,7 +266,7 @@ def doctor(json: Json = False) -> None:
 
 
 def _open(
-    model: str, max_tokens: int | None, temperature: float | None, seed: int, dtype: str | None
+    model: str, max_tokens: int | None, temperature: float | None, seed: int, options: dict[str, Any]
 ) -> "tuple[Engine, Sampling]":
     """An engine for one conversation, and how it samples."""
     from finback.about import default_dtype, sampling_defaults
@@ -263,7 +277,9 @@ def _open(
     if temperature is not None:
         settings["temperature"] = temperature
     sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
-    return Engine(load(model, dtype or default_dtype(model)), load_tokenizer(model), max_batch=1), sampling
+    dtype = options.pop("dtype") or default_dtype(model)
+    context = _CONTEXT if max_tokens is None else max_tokens + _CONTEXT // 4
+    return Engine(load(model, dtype, context=context, **options), load_tokenizer(model), max_batch=1), sampling
 
 
 def main() -> None:

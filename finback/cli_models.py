@@ -82,9 +82,9 @@ def show(model: Annotated[str, typer.Argument(help="A model's name, or its folde
     if json:
         terminal.print_json(facts)
     else:
-        terminal.table(
-            ("what", "value"), [(key.replace("_", " "), terminal.plain(value)) for key, value in facts.items()]
-        )
+        sizes = {key for key in facts if key.startswith("memory") or key == "weights_bytes"}
+        shown = {key: terminal.size(value) if key in sizes else terminal.plain(value) for key, value in facts.items()}
+        terminal.table(("what", "value"), [(key.replace("_", " "), value) for key, value in shown.items()])
 
 
 def rm(
@@ -112,7 +112,48 @@ def rm(
     terminal.note(f"{name} is deleted.")
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (pull, ls, show, rm)
+def verify(
+    model: Annotated[str, typer.Argument(help="A model's name, its folder, or a GGUF file.")], json: Json = False
+) -> None:
+    """Read all of a model: files as they were pulled, headers, names and shapes of tensors, every number.
+
+    Example: finback verify calf
+    """
+    from finback.weights.convert import verify as examine
+
+    found = examine(model)
+    if json:
+        terminal.print_json(found)
+    else:
+        for problem in found["problems"]:
+            print(problem)
+        if not found["problems"]:
+            print(f"{model} is whole: {found['tensors']:,} tensors")
+    if found["problems"]:
+        raise typer.Exit(2)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A model's name, its folder, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="A folder, or a file that ends in .gguf.")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option(help="fp8 for a folder; bf16 (the default), q8_0 or f32 for GGUF.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Load even what memory seems too small for.")] = False,
+) -> None:
+    """Write a model in another form: its family's own layout, FP8 blocks, or GGUF. Pickles are read here alone.
+
+    Example: finback convert calf calf.gguf
+    """
+    from finback.weights.convert import convert as run
+
+    for remark in run(model, out, dtype, quantize, force):
+        terminal.note(remark)
+    print(out)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (pull, ls, show, verify, convert, rm)
 
 
 def _row(name: str, folder: Path) -> dict[str, Any]:

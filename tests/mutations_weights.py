@@ -169,7 +169,7 @@ MUTATIONS = [
     ),
     Mutation(
         PACKS,
-        "return kept if made_from == _stamp(folder) else None",
+        "return kept if made_from == _stamp(model) else None",
         "return kept",
         [f"{PACKED}::test_quantised_loading_is_kept_beside_the_model_and_reused"],
         "a pack of other weights is read",

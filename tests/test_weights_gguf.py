@@ -21,6 +21,7 @@ from finback.model import Config, Llama3Scaling, Model
 from finback.text import Tokenizer
 from finback.weights import load, load_tokenizer
 from finback.weights.gguf_file import GGUF, write
+from finback.weights.gguf_keys import config_of
 
 TOKENIZER = Tokenizer.train(["one two three " * 20, "vier fünf"], vocab_size=300)
 IDS = torch.randint(300, (2, 50), generator=torch.Generator().manual_seed(3))
@@ -157,6 +158,18 @@ def test_files_from_before_absorbed_attention_are_read(tmp_path):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     assert (load(tmp_path / "old.gguf", dtype="float32")(IDS) - model(IDS)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("experts", "groups"), [(256, (8, 4)), (160, (8, 3)), (64, (1, 1))])
+def test_the_groups_of_old_files(experts, groups):
+    """Facts 1.1, 1.2: V3 has 256 experts in 8 groups and keeps 4, V2 160 in 8 and keeps 3; the small ones have none."""
+    keys = {"block_count": 2, "embedding_length": 64, "feed_forward_length": 64, "context_length": 64}
+    keys |= {"attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-6, "vocab_size": 10}
+    keys |= {"expert_count": experts, "expert_used_count": 6, "rope.dimension_count": 8, "expert_gating_func": 2}
+    keys |= {"attention.key_length": 16, "attention.value_length": 8, "attention.kv_lora_rank": 32}
+    metadata = {f"deepseek2.{key}": value for key, value in keys.items()} | {"general.architecture": "deepseek2"}
+    config = config_of(metadata, 10, False, None)
+    assert (config.n_group, config.topk_group, config.model_type) == (*groups, "deepseek_v3")
 
 
 @torch.no_grad()

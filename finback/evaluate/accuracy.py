@@ -40,12 +40,13 @@ def evaluate(
     max_tokens: int | None = None,
     batch: int = 64,
     dtype: str = "auto",
+    quantize: str | None = None,
     records: Path | None = None,
 ) -> dict[str, Any]:
     """Greedy pass@1 on `n` held-out problems of each task (None: all), the same problems for the same seed.
 
-    `model`: a name or folder, loaded here as `dtype` with `batch` rows, or an engine (then `name` is what the result
-    calls it). `max_tokens`: at most so many new tokens, as far as the context has room (None: all of it).
+    `model`: a name or path, loaded here as `dtype` and `quantize` say with `batch` rows, or an engine (then `name` is
+    what the result calls it). `max_tokens`: at most so many new tokens, as far as the context has room (None: all).
     Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals; `records`
     gets one JSON line a problem. Raises UserError for an unknown task, n < 1, or a model without a tokenizer.
     """
@@ -56,7 +57,10 @@ def evaluate(
     if isinstance(model, Engine):
         engine, label = model, name or "model"
     else:
-        engine, label = Engine(load(model, dtype), load_tokenizer(model), max_batch=batch), name or model
+        engine, label = (
+            Engine(load(model, dtype, quantize=quantize), load_tokenizer(model), max_batch=batch),
+            name or model,
+        )
     graded = _grade(engine, problems, think, max_tokens)
     if records is not None:
         _write(records, graded)

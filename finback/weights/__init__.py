@@ -1,4 +1,4 @@
-"""Models on disk: folders of config.json, safetensors and a tokenizer, in the original DeepSeek-V3 layout."""
+"""Models on disk: folders of config.json, safetensors and a tokenizer in their family's own layout, and GGUF files."""
 
 from finback.weights.reader import load, load_tokenizer
 from finback.weights.writer import save

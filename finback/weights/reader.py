@@ -50,16 +50,16 @@ def load(
     if quantize is not None and quantize not in FORMATS:
         raise UserError(f"quantize={quantize!r} is not known; allowed: {', '.join(FORMATS)}")
     path, config, settings = read_config(name_or_path)
-    source: store.Source = store.Checkpoint(path) if path.is_dir() else GGUF(path)
-    config = _without_absent_mtp(config, source)
-    stored_fp8 = _stored_fp8(settings, path)
+    source = open_source(path)
+    config = without_absent_mtp(config, source)
+    fp8_stored = stored_fp8(settings, path)
     kept, place = _dtype(dtype, source), _device(device)
-    form = quantize or ("fp8" if stored_fp8 and dtype == "auto" else None)
+    form = quantize or ("fp8" if fp8_stored and dtype == "auto" else None)
     if not force and place.type == "cpu":
         check_room(str(name_or_path), config, kept, form, context)
     with torch.device("meta"):
         model = Model(config)
-        _check(source, model)
+        check(source, model)
         if form is not None:
             pack(model, form, kept, source if quantize is None else None)
     _materialise(model, kept, place)
@@ -68,6 +68,11 @@ def load(
     if quantize is not None and cached is None:
         packs.keep(model, path, quantize, kept)
     return model.eval()
+
+
+def open_source(path: Path) -> store.Source:
+    """The tensors of a model folder or GGUF file."""
+    return store.Checkpoint(path) if path.is_dir() else GGUF(path)
 
 
 def read_config(name_or_path: str | Path) -> tuple[Path, Config, dict[str, Any]]:
@@ -149,14 +154,14 @@ def _direct(source: store.Source, name: str, out: Tensor) -> bool:
     return source.dtype(name) == out.dtype and out.is_contiguous() and out.device.type == "cpu"
 
 
-def _without_absent_mtp(config: Config, source: store.Source) -> Config:
+def without_absent_mtp(config: Config, source: store.Source) -> Config:
     """The config of what the file holds: many files announce an MTP layer that was never written."""
     if layout.has_layer(source.names(), config.num_hidden_layers):
         return config
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-def _stored_fp8(settings: dict[str, Any], folder: Path) -> bool:
+def stored_fp8(settings: dict[str, Any], folder: Path) -> bool:
     """Whether the checkpoint is quantised as DeepSeek does it; UserError for any other way."""
     how = settings.get("quantization_config")
     if not how:
@@ -169,7 +174,7 @@ def _stored_fp8(settings: dict[str, Any], folder: Path) -> bool:
     return True
 
 
-def _check(source: store.Source, model: Model) -> None:
+def check(source: store.Source, model: Model) -> None:
     """Raise UserError unless the file holds exactly the model's tensors, each in its shape and a readable dtype."""
     where, names = source.where, source.names()
     expected = {place.name: place for place in layout.places(model)}
