@@ -82,8 +82,14 @@ def default_dtype(model: str) -> str:
 
 
 def sampling_defaults(model: str) -> dict[str, Any]:
-    """Temperature, top_p and top_k as the model's generation_config.json has them; greedy where it has none."""
-    path = model_path(model) / "generation_config.json"
+    """Temperature, top_p and top_k as the model's generation_config.json has them; greedy where it has none.
+
+    A GGUF file does not say: DeepSeek's advice for R1 and its distilled models, which repeat themselves when greedy.
+    """
+    found = model_path(model)
+    if found.is_file():
+        return {"temperature": 0.6, "top_p": 0.95}
+    path = found / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     if not settings.get("do_sample"):
         return {"temperature": 0.0, "top_p": 1.0}

@@ -160,6 +160,23 @@ def test_files_from_before_absorbed_attention_are_read(tmp_path):
     assert (load(tmp_path / "old.gguf", dtype="float32")(IDS) - model(IDS)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["R1-Distill-Llama", "deepseek-moe-16b", "R1-Distill-Qwen", "V3, R1"])
+def test_halves_are_dealt_out_as_llama_cpp_wants_them(name, tmp_path):
+    """Its converter's permutation of queries and keys, row by row; Qwen2's and the latent ones stay as they are."""
+    model = in_bf16(model_of(name))
+    write(model, TOKENIZER, tmp_path / "m.gguf", "f32")
+    stored = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    attention, head = model.decoder.layers["1"].self_attn, model.config.query_dim
+    ours = attention.q_b_proj if name == "V3, R1" else attention.k_proj
+    theirs = stored["blk.1.attn_q_b.weight" if name == "V3, R1" else "blk.1.attn_k.weight"]
+    for row, values in enumerate(ours.weight.dense().detach().numpy()):
+        place = row % head
+        if name in ("R1-Distill-Llama", "deepseek-moe-16b"):
+            half, pair = divmod(place, head // 2)
+            place = 2 * pair + half
+        assert np.array_equal(theirs[row // head * head + place], values)
+
+
 @pytest.mark.parametrize(("experts", "groups"), [(256, (8, 4)), (160, (8, 3)), (64, (1, 1))])
 def test_the_groups_of_old_files(experts, groups):
     """Facts 1.1, 1.2: V3 has 256 experts in 8 groups and keeps 4, V2 160 in 8 and keeps 3; the small ones have none."""
@@ -304,3 +321,11 @@ def test_without_the_library_it_says_what_to_install(good, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match=r"finback\[gguf\]"):
         GGUF(good)
+
+
+def test_a_gguf_file_is_sampled_as_deepseek_advises(good):
+    from finback.about import describe, sampling_defaults
+
+    assert sampling_defaults(str(good)) == {"temperature": 0.6, "top_p": 0.95}
+    facts = describe(str(good))
+    assert facts["precision"] == "GGUF" and facts["weights_bytes"] >= good.stat().st_size

@@ -148,7 +148,7 @@ def _unpickled(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="finback-") as name:
         temporary = Path(name)
         files = [str(file) for file in _pickles(folder)]
-        command = [sys.executable, "-I", "-m", "finback.weights.unpickle", str(temporary), *files]
+        command = [sys.executable, "-I", str(Path(__file__).with_name("unpickle.py")), str(temporary), *files]
         environment = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG") if key in os.environ}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

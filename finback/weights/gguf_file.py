@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,15 @@ def _parts(path: Path) -> list[Path]:
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     """Metadata and tensors of one file, everything within its bounds."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    return _parsed(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)  # a vocabulary takes seconds to parse; size and time tell a changed file
+def _parsed(path: Path, _size: int, _time: int) -> tuple[dict[str, Any], dict[str, _Stored]]:
     gguf = _library()
 
     class Bounded(gguf.GGUFReader):  # type: ignore[misc, name-defined]

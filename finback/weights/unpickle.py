@@ -1,6 +1,6 @@
 """The one door for pickles: a process of its own that reads tensors alone, within limits, and writes safetensors.
 
-`python -I -m finback.weights.unpickle OUT FILE...`; only `finback convert` starts it.
+`python -I unpickle.py OUT FILE...`; only `finback convert` starts it.
 """
 
 import resource
