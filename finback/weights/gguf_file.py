@@ -156,10 +156,9 @@ def write(model: Model, tokenizer: Tokenizer, path: Path, kind: str) -> None:
             _add(writer, gguf.GGUFValueType, key, value)
         stored = []
         for name, shape, _ in entries:
-            fits = len(shape) > 1 and shape[-1] % 32 == 0
-            one = (
-                types.F32 if len(shape) == 1 or "ffn_gate_inp" in name else types[kind.upper()] if fits else types.BF16
-            )
+            exact = len(shape) == 1 or "ffn_gate_inp" in name  # vectors and the router
+            fits = kind != "q8_0" or shape[-1] % 32 == 0
+            one = types.F32 if exact else types[kind.upper()] if fits else types.BF16
             bytes_shape = gguf.quants.quant_shape_to_byte_shape(shape, one)
             writer.add_tensor_info(name, bytes_shape, np.dtype(np.uint8), int(np.prod(bytes_shape)), one)
             stored.append(one)
