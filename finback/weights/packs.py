@@ -14,6 +14,7 @@ from finback.weights import layout, store
 FOLDER = "packs"
 _STAMP = "pack.json"
 _VERSION = 1
+_SHARD = 64 * 2**20
 
 
 def find(model: Path, form: str, dtype: torch.dtype) -> Path | None:
@@ -30,8 +31,9 @@ def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> None:
     """Write a packed model's tensors beside the checkpoint; where that cannot be, a warning says so."""
     try:
         with atomic_folder(_place(model, form, dtype)) as temporary:
-            parts = ((p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items())
-            store.write(temporary, parts)
+            parts = [(p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items()]
+            # Small shards: each is copied on its way to disk, beside a model that may just fit.
+            store.write(temporary, parts, max(_SHARD, sum(tensor.nbytes for _, tensor in parts) // 256))
             (temporary / _STAMP).write_text(json.dumps(_stamp(model)), encoding="utf-8")
     except OSError as error:
         warnings.warn(f"{model}: the packed weights could not be kept ({error})", stacklevel=2)

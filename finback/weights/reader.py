@@ -2,7 +2,7 @@
 
 import dataclasses
 import mmap
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -217,14 +217,14 @@ def _materialise(model: Model, dtype: torch.dtype, device: torch.device) -> None
             setattr(module, name, _empty(buffer.shape, buffer.dtype, device).zero_())
 
 
-def _empty(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a tensor; where the system has them on huge pages, which take a fault each 2 MiB, not each 4 KiB."""
-    like = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    if device.type != "cpu" or like.nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like, device=device)
-    pages = mmap.mmap(-1, like.nbytes)
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(like.shape)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _dtype(dtype: str | torch.dtype, source: store.Source) -> torch.dtype:

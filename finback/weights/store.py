@@ -161,9 +161,12 @@ class Checkpoint(Source):
     def _check_finite(self, name: str, part: Tensor) -> None:
         if part.dtype == torch.float8_e4m3fn:
             bad = bool((part.view(torch.uint8) & 127).eq(127).any())
+        elif part.dtype == torch.float8_e8m0fnu:
+            bad = bool(part.view(torch.uint8).eq(255).any())
         else:
-            # A sum passes NaN and infinity on, and is far faster than a look at every number.
-            doubtful = part.is_floating_point() and not part.sum(dtype=torch.float32).isfinite()
+            # A sum passes NaN and infinity on, and is far faster than a look at every number; float16's would overflow.
+            wide = torch.float32 if part.dtype == torch.float16 else None
+            doubtful = part.is_floating_point() and not part.sum(dtype=wide).isfinite()
             bad = doubtful and not part.isfinite().all()
         if bad:
             raise UserError(f"{self._entries[name].file}: tensor {name!r} holds NaN or infinity; the file is damaged")
