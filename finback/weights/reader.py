@@ -1,7 +1,6 @@
 """From a model on disk to a `Model`: what it holds is checked first, then streamed into place."""
 
 import dataclasses
-import mmap
 from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,6 @@ from finback.weights import layout, packs, store
 from finback.weights.gguf_file import GGUF
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUGE = 4 << 20
 
 
 @torch.inference_mode(False)  # made in inference mode, parameters could not be filled by threads, nor trained
@@ -211,20 +209,10 @@ def _materialise(model: Model, dtype: torch.dtype, device: torch.device) -> None
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
                 kept = torch.float32 if isinstance(module, Router) else dtype
-                made[id(parameter)] = nn.Parameter(_empty(parameter.shape, kept, device))
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kept, device=device))
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _empty(buffer.shape, buffer.dtype, device).zero_())
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a tensor; where the system has them on huge pages, which take a fault each 2 MiB, not each 4 KiB."""
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _dtype(dtype: str | torch.dtype, source: store.Source) -> torch.dtype:
