@@ -7,9 +7,9 @@ from typing import Any
 from finback.errors import UserError
 from finback.kernels.quantise import FORMATS
 from finback.model.sizes import cache_numbers, memory, sizes
-from finback.paths import model_path
+from finback.paths import model_path, read_json
+from finback.weights.gguf_file import parts
 from finback.weights.reader import read_config
-from finback.weights.store import read_json
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SMALL = 2**30
@@ -24,8 +24,8 @@ def describe(model: str) -> dict[str, Any]:
     """
     path, config, settings = read_config(model)
     count = sizes(config)
-    precision = settings.get("torch_dtype") or settings.get("dtype") or "bfloat16"
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else sorted(path.parent.glob("*.gguf"))
+    precision = str(settings.get("torch_dtype") or settings.get("dtype") or "bfloat16")
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else parts(path)
     per_number = _BYTES.get(precision, 2)
     value = config.query_dim if config.kv_lora_rank is None else config.v_head_dim
     nope = config.query_dim if config.kv_lora_rank is None else config.qk_nope_head_dim
@@ -94,7 +94,7 @@ def sampling_defaults(model: str) -> dict[str, Any]:
     if not settings.get("do_sample"):
         return {"temperature": 0.0, "top_p": 1.0}
     known = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    values = {key: settings.get(key, default) for key, default in known.items()}
+    values = {key: default if settings.get(key) is None else settings[key] for key, default in known.items()}
     wrong = next((key for key, value in values.items() if not isinstance(value, int | float)), None)
     if wrong is not None:
         raise UserError(f"{path}: {wrong} is {values[wrong]!r}; it must be a number")

@@ -161,8 +161,6 @@ def _row(name: str, folder: Path) -> dict[str, Any]:
     from finback.about import describe
 
     row = {"name": name, "architecture": None, "parameters_total": None, "bytes": _bytes(folder), "folder": str(folder)}
-    if not (folder / "config.json").is_file():
-        return row | {"error": "no config.json"}
     try:
         facts = describe(str(folder))
     except Exception as error:  # a config is what anyone wrote; one that is odd must not hide the other models

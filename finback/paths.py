@@ -1,16 +1,19 @@
 """Where things live: the models on this machine, the model that ships inside the package, atomic writes."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finback.errors import UserError
 
 PACKAGE = Path(__file__).parent
 DEFAULT_MODEL = "calf"
+JSON_LIMIT = 200 << 20
 MANIFEST = "finback.json"  # in each pulled folder: where it comes from, its files with their sizes and hashes
 
 
@@ -37,7 +40,8 @@ def _model_at(place: Path) -> Path | None:
     if place.suffix == ".gguf" and place.is_file():
         return place
     if next(place.glob("*.safetensors"), None) is None:
-        first = [file for file in sorted(place.rglob("*.gguf")) if "-of-" not in file.stem or "-00001-of-" in file.stem]
+        files = sorted((*place.glob("*.gguf"), *place.glob("*/*.gguf")))
+        first = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
         if len(first) > 1:
             raise UserError(f"{place}: holds {len(first)} GGUF models; name one, as in --model {first[0]}")
         if first:
@@ -62,6 +66,19 @@ def installed() -> list[tuple[str, Path]]:
 
 def _roots() -> list[Path]:
     return [home() / "models", PACKAGE / "models"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError when it is missing, no JSON, no object or absurdly large."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; a JSON file here has at most {JSON_LIMIT:,}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, must hold a JSON object")
+    return value
 
 
 @contextmanager
@@ -100,7 +117,12 @@ def replace_folder(new: Path, path: Path) -> None:
     old = new.with_name(f"{new.name}.old")
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     if old.exists():
         shutil.rmtree(old)
 

@@ -3,8 +3,10 @@
 from mutations import Mutation
 
 GGUF, KEYS, STORE, READER = "weights/gguf_file.py", "weights/gguf_keys.py", "weights/store.py", "weights/reader.py"
+PATHS = "paths.py"
 CONVERT, UNPICKLE, SIZES, CONFIG = "weights/convert.py", "weights/unpickle.py", "model/sizes.py", "model/config.py"
 TEST_GGUF, TEST_HOSTILE, TEST_CONVERT = "test_weights_gguf.py", "test_weights_hostile.py", "test_weights_convert.py"
+PACKED = "test_weights_packed.py"
 WRITTEN = [f"{TEST_GGUF}::test_what_we_write_in_bf16_is_the_model"]
 
 MUTATIONS = [
@@ -54,14 +56,14 @@ MUTATIONS = [
         "a link reads any file of the machine",
     ),
     Mutation(
-        STORE,
-        "if path.stat().st_size > _JSON_LIMIT:",
+        PATHS,
+        "if path.stat().st_size > JSON_LIMIT:",
         "if False:",
         [f"{TEST_HOSTILE}::test_a_giant_json_is_not_read"],
         "a file of 3 GiB is parsed as JSON",
     ),
     Mutation(
-        STORE,
+        PATHS,
         '(OSError, ValueError, RecursionError) as error:\n        raise UserError(f"{path}: cannot',
         '(OSError, ValueError) as error:\n        raise UserError(f"{path}: cannot',
         [f"{TEST_HOSTILE}::test_deeply_nested_json_is_one_clear_line"],
@@ -115,5 +117,33 @@ MUTATIONS = [
         "!= entry.sha256.lower() and False",
         [f"{TEST_CONVERT}::test_files_that_are_not_as_they_were_pulled_are_named"],
         "verify passes changed files",
+    ),
+    Mutation(
+        READER,
+        'source.dtype(place.name) == place.tensors[""].dtype',
+        'source.dtype(place.name) == place.tensors[""].dtype and len(parts) == 1',
+        [f"{PACKED}::test_fp8_codes_are_never_rounded_again"],
+        "FP8 codes are dequantised and rounded again",
+    ),
+    Mutation(
+        KEYS,
+        'return None if kind == "none" else {"type": kind}',
+        "return None",
+        [f"{TEST_GGUF}::test_metadata_that_lies_is_one_clear_line"],
+        "a context stretched in another way is not stretched",
+    ),
+    Mutation(
+        CONFIG,
+        "object.__setattr__(values, field.name, float(value))",
+        "pass",
+        [f"{TEST_GGUF}::test_numbers_have_the_types_that_readers_want"],
+        "10000 is written as a whole number, which llama.cpp refuses",
+    ),
+    Mutation(
+        KEYS,
+        'for name in ("bos_token_id", "eos_token_id")',
+        "for name in ()",
+        [f"{TEST_GGUF}::test_what_we_write_in_bf16_is_the_model"],
+        "the special tokens of a GGUF file are V3's",
     ),
 ]

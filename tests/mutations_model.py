@@ -116,8 +116,8 @@ MUTATIONS = [
     ),
     Mutation(
         CONFIG,
-        "self.max_position_embeddings <= scaling.original",
-        "self.max_position_embeddings < scaling.original",
+        "self.max_position_embeddings > scaling.original",
+        "self.max_position_embeddings >= scaling.original",
         [f"{TEST_ROPE}::test_yarn_is_off_until_the_context_is_extended"],
         "YaRN is on in a model that was never extended",
     ),

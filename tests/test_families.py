@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, VOCAB, theirs, unfused, write_theirs
+from published import PUBLISHED
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 
@@ -14,7 +15,7 @@ from finback.engine import Engine, Sampling
 from finback.engine.cache import LatentCache
 from finback.errors import UserError
 from finback.model import Config, Model
-from finback.model.rope import inverse_frequencies
+from finback.model.rope import inverse_frequencies, softmax_scale
 from finback.model.sizes import cache_numbers, sizes
 from finback.train.losses import update_biases
 from finback.weights import load, save
@@ -145,6 +146,12 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
         ("R1-Distill-Llama", {"rope_theta": float("nan")}, "rope_theta"),
         ("deepseek-moe-16b", {"n_routed_experts": 2}, "num_experts_per_tok"),
         ("V2", {"num_hidden_layers": 2**31}, "num_hidden_layers"),
+        ("V2", {"num_hidden_layers": 1000, "n_routed_experts": 4096}, "n_routed_experts"),
+        ("V2", {"rope_theta": 1}, "rope_theta"),
+        ("V2", {"rope_scaling": {"type": ["yarn"]}}, "rope_scaling"),
+        ("V2", {"rope_scaling": {"type": "yarn", "factor": 0, "original_max_position_embeddings": 16}}, "factor"),
+        ("V2", {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 0}}, "original"),
+        ("R1-Distill-Qwen", {"num_attention_heads": 64, "num_key_value_heads": 64}, "head_dim"),
         ("V2", {"n_routed_experts": 10**9}, "n_routed_experts"),
         ("V2", {"hidden_size": 10**18}, "hidden_size"),
     ],
@@ -178,3 +185,51 @@ def test_a_cached_chunk_equals_the_whole(name):
     for row, start in enumerate(starts):
         whole = model(ids[row : row + 1, : start + width])[0, start:]
         assert (model.decoder.logits(hidden[row]) - whole).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_published_is_read_as_what_it_is(name):
+    """Sizes from the facts (the exact ones from the models' own pages), on the meta device too; written as it was."""
+    file, parameters = PUBLISHED[name]
+    config = Config.from_dict(file)
+    assert sizes(config).total == pytest.approx(parameters, rel=5e-4 if parameters % 10**6 == 0 else 0)
+    with torch.device("meta"):
+        model = Model(replace(config, num_nextn_predict_layers=0))
+    assert sum(p.numel() for p in model.parameters()) == sizes(config).total
+    written = config.to_dict()
+    for key in written.keys() & file.keys() - {"eos_token_id"}:
+        assert written[key] == file[key], key
+
+
+def test_the_scales_of_the_families():
+    """Facts 1.6 and 9: 0.135234 for V3, 0.114721 for V2 and V2-Lite, one over the root of 128 for Llama-8B."""
+    expected = {"DeepSeek-R1": 0.135234, "DeepSeek-V2": 0.114721, "DeepSeek-V2-Lite": 0.114721}
+    for name, scale in (expected | {"R1-Distill-Llama-8B": 128**-0.5, "Moonlight-16B-A3B": 192**-0.5}).items():
+        assert softmax_scale(Config.from_dict(PUBLISHED[name][0])) == pytest.approx(scale, abs=5e-7), name
+
+
+def test_odd_and_legal_ways_to_say_the_same():
+    """Nulls for what the family fixes, whole numbers for floats, larger bases than any limit of sizes."""
+    plain = Config.from_dict(FAMILIES["R1-Distill-Qwen"])
+    nulls = {"use_sliding_window": None, "attention_bias": None, "rope_scaling": None, "head_dim": None}
+    assert Config.from_dict(FAMILIES["R1-Distill-Qwen"] | nulls) == plain
+    assert Config.from_dict(FAMILIES["R1-Distill-Qwen"] | {"rope_theta": 10_000_000}).rope_theta == 1e7
+    assert Config.from_dict(FAMILIES["V2"] | {"n_shared_experts": None}).n_shared_experts == 0
+    assert Config.from_dict(FAMILIES["V2"] | {"topk_method": None}).topk_method == "greedy"
+
+
+@torch.no_grad()
+def test_qwens_yarn_is_on_wherever_it_is_named():
+    """Qwen2.5's recipe for long texts: original 32768 in a model of 32768 positions; transformers applies it."""
+    import transformers
+
+    values = FAMILIES["R1-Distill-Qwen"] | {
+        "max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    }
+    config = Config.from_dict(values)
+    model = tiny_model(config)
+    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config.to_dict(), attn_implementation="eager"))
+    names = {k.replace("decoder.", "model.", 1).removesuffix(".value"): v for k, v in model.state_dict().items()}
+    other.load_state_dict({k.replace("model.lm_head", "lm_head"): v for k, v in names.items()})
+    assert (other.eval()(IDS[:, :60]).logits - model(IDS[:, :60])).abs().max() <= 1e-4

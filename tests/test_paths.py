@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -181,3 +182,20 @@ def test_a_bar_of_bytes_shows_sizes_and_goes_back(monkeypatch):
         progress.advance(2 * 2**20)
         progress.advance(-(2**20))
     assert "2.0/4.0 MiB" in last_line() and "/s" in last_line()
+
+
+def test_a_folder_that_cannot_be_replaced_is_there_again(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no"):
+        paths.replace_folder(tmp_path / "new", tmp_path / "model")
+    assert (tmp_path / "model" / "old").exists()

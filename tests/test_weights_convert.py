@@ -197,3 +197,41 @@ def test_files_that_are_not_as_they_were_pulled_are_named(folder):
     assert len(problems) == 3
     (folder / "finback.json").write_text("{}")
     assert "finback.json" in verify(str(folder))["problems"][0]
+
+
+def test_a_folder_can_be_converted_into_itself(folder):
+    (folder / "README.md").write_text("kept")
+    convert(str(folder), folder, quantize="fp8")
+    assert verify(str(folder))["problems"] == [] and (folder / "README.md").read_text() == "kept"
+
+
+def test_the_hashes_of_a_file_in_a_subfolder_are_checked(folder, tmp_path):
+    (folder / "Q4").mkdir()
+    convert(str(folder), folder / "Q4" / "m.gguf")
+    entry = {"size": 5, "sha256": "0" * 64}
+    manifest = {
+        "repo": "a/b",
+        "revision": "main",
+        "commit": "0" * 40,
+        "endpoint": "http://x",
+        "files": {"Q4/m.gguf": entry},
+    }
+    (folder / "finback.json").write_text(json.dumps(manifest))
+    assert "was 5 when pulled" in verify(str(folder / "Q4" / "m.gguf"))["problems"][0]
+
+
+def test_the_copies_of_embedding_and_head_are_verified_too(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.embed_tokens.weight"][0, 0] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    assert "model.layers.3.embed_tokens.weight" in verify(str(folder))["problems"][0]
+
+
+def test_what_a_trainer_left_and_old_pickles_are_no_obstacle(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    for name in ("rng_state_0.pth", "scheduler.pt", "optimizer.bin"):
+        (folder / name).write_bytes(b"anything")
+    convert(str(folder), tmp_path / "out")
+    assert verify(str(tmp_path / "out"))["problems"] == []

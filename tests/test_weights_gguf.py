@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 
 from finback.engine import Engine, Sampling
 from finback.errors import UserError
-from finback.model import Config, Llama3Scaling, Model
+from finback.model import Config, Llama3Scaling, Model, RopeScaling
 from finback.text import Tokenizer
 from finback.weights import load, load_tokenizer
 from finback.weights.gguf_file import GGUF, write
@@ -49,7 +49,7 @@ def test_what_we_write_in_bf16_is_the_model(name, tmp_path):
     model = in_bf16(model_of(name))
     write(model, TOKENIZER, tmp_path / "m.gguf", "bf16")
     again = load(tmp_path / "m.gguf", dtype="float32")
-    expected = replace(model.config, bos_token_id=again.config.bos_token_id, eos_token_id=again.config.eos_token_id)
+    expected = replace(model.config, bos_token_id=TOKENIZER.bos_id, eos_token_id=TOKENIZER.eos_id)
     assert replace(again.config, initializer_range=expected.initializer_range) == expected
     assert (again(IDS) - model(IDS)).abs().max() <= 1e-5
     sampling = Sampling(max_tokens=64, temperature=0, ignore_eos=True)
@@ -104,8 +104,7 @@ def wide_file(path: Path, kind: gguf.GGMLQuantizationType, seed: int = 0) -> dic
         data = rng.integers(0, 0x3C, gguf.quants.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
         expected[tensor.name] = gguf.quants.dequantize(data, kind).reshape(shape)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     return expected
 
 
@@ -115,6 +114,18 @@ def test_every_type_is_read_as_the_library_reads_it(kind, tmp_path):
     layer = load(tmp_path / "m.gguf", dtype="float32").decoder.layers["0"]
     for name, module in (("attn_q", layer.self_attn.q_proj), ("ffn_down", layer.mlp.down_proj)):
         assert np.array_equal(module.weight.dense().detach().numpy(), expected[f"blk.0.{name}.weight"])
+
+
+def copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            array = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if array else None)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
 
 
 def rewritten(source: Path, target: Path, drop: set[str] = frozenset(), **fields) -> None:
@@ -131,8 +142,7 @@ def rewritten(source: Path, target: Path, drop: set[str] = frozenset(), **fields
     for tensor in reader.tensors:
         if tensor.name not in drop:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
 
 
 @torch.no_grad()
@@ -155,8 +165,7 @@ def test_files_from_before_absorbed_attention_are_read(tmp_path):
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     for i, layer in model.decoder.layers.items():
         writer.add_tensor(f"blk.{i}.attn_kv_b.weight", layer.self_attn.kv_b_proj.weight.dense().numpy())
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     assert (load(tmp_path / "old.gguf", dtype="float32")(IDS) - model(IDS)).abs().max() <= 1e-5
 
 
@@ -175,6 +184,58 @@ def test_halves_are_dealt_out_as_llama_cpp_wants_them(name, tmp_path):
             half, pair = divmod(place, head // 2)
             place = 2 * pair + half
         assert np.array_equal(theirs[row // head * head + place], values)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_numbers_have_the_types_that_readers_want(name, tmp_path):
+    """Whole numbers of a config.json where llama.cpp reads floats: "rope_theta": 10000, a factor of 16."""
+    values = FAMILIES[name] | {"vocab_size": 310, "rope_theta": 10000, "bos_token_id": 0, "eos_token_id": 1}
+    if "routed_scaling_factor" in values:
+        values["routed_scaling_factor"] = 16
+    write(
+        tiny_model(replace(Config.from_dict(values), **CHANGES.get(name, {}))), TOKENIZER, tmp_path / "m.gguf", "bf16"
+    )
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    floats = ("freq_base", "rms_epsilon", "weights_scale", "scaling.factor", "log_multiplier")
+    for key, field in fields.items():
+        if key.split(".")[0] in ("deepseek2", "deepseek", "qwen2", "llama"):
+            kind = "FLOAT32" if key.endswith(floats) else "BOOL" if key.endswith("weights_norm") else "UINT32"
+            if not key.endswith("scaling.type"):
+                assert field.types[0].name == kind, key
+
+
+@torch.no_grad()
+def test_kv_b_may_be_there_whole_and_split(good, tmp_path):
+    """As some programs write it; and a split one of another form is missing, not a crash."""
+    expected = load(good, dtype="float32")
+    reader = gguf.GGUFReader(good)
+    for shape in ("both", "flat"):
+        writer = gguf.GGUFWriter(tmp_path / f"{shape}.gguf", "deepseek2")
+        copy_fields(reader, writer)
+        for tensor in reader.tensors:
+            data = np.array(tensor.data)
+            if shape == "flat" and "_k_b" in tensor.name:
+                data = data.reshape(-1, data.shape[-1])
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+        if shape == "both":
+            for i, layer in expected.decoder.layers.items():
+                writer.add_tensor(f"blk.{i}.attn_kv_b.weight", layer.self_attn.kv_b_proj.weight.dense().numpy())
+        finish(writer)
+    assert torch.equal(load(tmp_path / "both.gguf", dtype="float32")(IDS), expected(IDS))
+    refused(tmp_path / "flat.gguf", "lacks", "kv_b_proj")
+
+
+@pytest.mark.parametrize("scaling", [RopeScaling(40, 16, mscale=1.0, mscale_all_dim=0.8), RopeScaling(40, 16, 16)])
+def test_a_yarn_that_no_file_can_hold_is_refused(scaling, tmp_path):
+    with pytest.raises(UserError, match="rope_scaling"):
+        write(model_of("V3, R1", rope_scaling=scaling), TOKENIZER, tmp_path / "m.gguf", "bf16")
+
+
+@pytest.mark.parametrize("path", ["/proc/nope/m.gguf", "file/m.gguf"])
+def test_a_file_that_cannot_be_written_is_one_clear_line(path, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written"):
+        write(model_of("R1-Distill-Qwen"), TOKENIZER, tmp_path / path, "bf16")
 
 
 @pytest.mark.parametrize(("experts", "groups"), [(256, (8, 4)), (160, (8, 3)), (64, (1, 1))])
@@ -248,6 +309,8 @@ def refused(path: Path, *named: str) -> None:
         ({"deepseek2.attention.key_length_mla": 3}, "qk_nope_head_dim"),
         ({"deepseek2.rope.freq_base": float("nan")}, "rope_theta"),
         ({"deepseek2.rope.scaling.factor": "forty"}, "factor"),
+        ({"deepseek2.rope.scaling.type": "linear"}, "linear"),
+        ({"deepseek2.rope.scaling.type": "longrope"}, "longrope"),
     ],
 )
 def test_metadata_that_lies_is_one_clear_line(good, tmp_path, fields, named):

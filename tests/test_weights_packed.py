@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_model import tiny, tiny_model, tokens
 
+from finback.errors import UserError
 from finback.kernels.quantise import E4M3_MAX, FORMATS, Fp8
 from finback.model.linear import Experts, Linear
 from finback.model.weight import DenseWeight, PackedWeight
@@ -256,3 +257,55 @@ def test_a_folder_that_cannot_be_written_still_loads(folders, monkeypatch):
     monkeypatch.setattr(packs, "atomic_folder", refuse)
     with pytest.warns(UserWarning, match="read-only"):
         assert load(folders / "dense", quantize="int4")
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu, torch.bfloat16])
+def test_fp8_codes_are_never_rounded_again(scales, folders, tmp_path):
+    """Whatever type the scales are stored in: the codes in memory are those of the file."""
+    from safetensors.torch import save_file
+
+    stored = load_file(folders / "fp8" / "model.safetensors")
+    powers = {n: torch.exp2(t.log2().round()).to(scales) for n, t in stored.items() if n.endswith("_scale_inv")}
+    save(load(folders / "fp8"), None, tmp_path / "m")
+    save_file(stored | powers, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    weight = load(tmp_path / "m").decoder.layers["1"].self_attn.o_proj.weight
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert torch.equal(weight.codes.view(torch.uint8), stored[name].view(torch.uint8))
+    assert torch.equal(weight.scale, powers[f"{name}_scale_inv"].float())
+
+
+@FORMS
+def test_another_device_holds_the_same(form, folders, tmp_path, monkeypatch):
+    """Places that bytes cannot be read into directly, as on a GPU, get what the CPU gets, from a pack too."""
+    from finback.weights.store import Checkpoint
+
+    shutil.copytree(folders / "plain", tmp_path / "m")
+    wanted = load(tmp_path / "m", quantize=form).state_dict()
+    into = Checkpoint.into
+
+    def aside(self, name, out):
+        spread = torch.zeros(*out.shape[::-1], dtype=out.dtype).permute(*reversed(range(out.dim())))  # other strides
+        into(self, name, spread)
+        out.copy_(spread)
+
+    monkeypatch.setattr(Checkpoint, "into", aside)
+    got = load(tmp_path / "m", quantize=form).state_dict()
+    assert all(torch.equal(got[name].view(torch.uint8), wanted[name].view(torch.uint8)) for name in wanted)
+
+
+def test_a_damaged_pack_is_made_anew(folders, tmp_path):
+    shutil.copytree(folders / "plain", tmp_path / "m")
+    wanted = load(tmp_path / "m", quantize="int8").state_dict()
+    pack = tmp_path / "m" / "packs" / "int8-float32" / "model.safetensors"
+    pack.write_bytes(pack.read_bytes()[:-100])
+    got = load(tmp_path / "m", quantize="int8").state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_power_of_two_scales_can_be_asked_for(folders, tmp_path):
+    save(load(folders / "plain"), None, tmp_path, quantize="fp8-ue8m0")
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
+    scales = [t for n, t in load_file(tmp_path / "model.safetensors").items() if n.endswith("_scale_inv")]
+    assert scales and all((t.frexp().mantissa == 0.5).all() for t in scales)
+    with pytest.raises(UserError, match="fp8, fp8-ue8m0"):
+        save(load(folders / "plain"), None, tmp_path, quantize="int8")

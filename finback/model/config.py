@@ -20,6 +20,11 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _check_types(self, "rope_scaling.")
+        if min(self.factor, self.original_max_position_embeddings) < 1 or not 0 < self.beta_slow <= self.beta_fast:
+            raise UserError(
+                f"config.json: rope_scaling = {asdict(self)}; factor and original_max_position_embeddings must be at "
+                "least 1, and 0 < beta_slow <= beta_fast"
+            )
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,12 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         _check_types(self, "rope_scaling.")
-        if self.high_freq_factor <= self.low_freq_factor or not self.factor:
-            raise UserError(f"config.json: rope_scaling = {asdict(self)}; high_freq_factor must exceed low_freq_factor")
+        ordered = 0 < self.low_freq_factor < self.high_freq_factor
+        if not ordered or min(self.factor, self.original_max_position_embeddings) < 1:
+            raise UserError(
+                f"config.json: rope_scaling = {asdict(self)}; factor and original_max_position_embeddings must be at "
+                "least 1, and 0 < low_freq_factor < high_freq_factor"
+            )
 
 
 Scaling = RopeScaling | Llama3Scaling
@@ -97,9 +106,11 @@ class Config:
             limit = _LIMITS.get(field.name, _LIMIT)
             if isinstance(value := getattr(self, field.name), int) and value > limit:
                 raise UserError(f"config.json: {field.name} = {value}; it must be at most {limit:,}")
-        if self.rope_dim % 2:
+        if self.rope_theta <= 1:
+            raise UserError(f"config.json: rope_theta = {self.rope_theta}; it must be more than 1")
+        if self.query_dim < 2 or self.rope_dim < 2 or self.rope_dim % 2:
             name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
-            raise UserError(f"config.json: {name} = {self.rope_dim}; it must be even (pairs turn)")
+            raise UserError(f"config.json: {name} = {self.rope_dim}; it must be even and at least 2 (pairs turn)")
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"config.json: num_attention_heads = {self.num_attention_heads} cannot share num_key_value_heads = "
@@ -116,6 +127,8 @@ class Config:
                 f"config.json: n_routed_experts = {experts} with n_group = {groups}, topk_group = {self.topk_group}; "
                 "experts must divide into the groups and topk_group must be 1..n_group"
             )
+        if experts * self.num_hidden_layers > _LIMIT:
+            raise UserError(f"config.json: n_routed_experts = {experts} in every layer; at most {_LIMIT:,} in all")
         if groups > 1 and experts // groups < 2:
             raise UserError(f"config.json: n_group = {groups} leaves fewer than the 2 experts a group is scored by")
         if self.num_experts_per_tok > experts // groups * self.topk_group:
@@ -154,14 +167,12 @@ class Config:
 
     @property
     def active_scaling(self) -> Scaling | None:
-        """The scaling in force. YaRN only where the context was extended: past the original length."""
+        """The scaling in force. DeepSeek's YaRN only where the context was extended, Qwen2's wherever it is named."""
         scaling = self.rope_scaling
-        if (
-            isinstance(scaling, RopeScaling)
-            and self.max_position_embeddings <= scaling.original_max_position_embeddings
-        ):
-            return None
-        return scaling
+        if self.kv_lora_rank is None or not isinstance(scaling, RopeScaling):
+            return scaling
+        extended = self.max_position_embeddings > scaling.original_max_position_embeddings
+        return scaling if extended else None
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer at this absolute index has experts (MTP layers, past the end, always do)."""
@@ -178,10 +189,11 @@ class Config:
         family = FAMILIES.get(name) if isinstance(name, str) else None
         if family is None:
             raise UserError(f"config.json: model_type = {name!r} is not known; allowed: {', '.join(FAMILIES)}")
+        none = dict.fromkeys((key for key in _NONE_IS_0 if key in values and values[key] is None), 0)
+        values = {key: value for key, value in values.items() if value is not None or key == "q_lora_rank"} | none
         for key, allowed in family.fixed.items():
             if values.get(key, allowed[0]) not in allowed:
                 raise UserError(f"config.json: {key} = {values[key]!r} is not supported; allowed: {allowed[0]!r}")
-        values = {key: value for key, value in values.items() if value is not None or key == "q_lora_rank"}
         rope = values.get("rope_parameters") or {}
         scaling = _scaling(values.get("rope_scaling") or rope, values)
         known = set(family.fields)
@@ -214,7 +226,7 @@ def _scaling(values: Any, config: dict[str, Any]) -> Scaling | None:
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise UserError(
             f"config.json: rope_scaling type {kind!r} is not known; allowed: {', '.join(_SCALINGS)}, or none"
         )
@@ -235,6 +247,8 @@ def _check_types(values: "Config | Scaling", prefix: str = "") -> None:
             raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must be {wanted}")
         if isinstance(value, int | float) and not 0 <= value < float("inf"):
             raise UserError(f"config.json: {prefix}{field.name} = {value!r}; it must not be negative, nor infinite")
+        if field.type is float:
+            object.__setattr__(values, field.name, float(value))
 
 
 # Far above any real model, and small enough that a lying file costs no time and no number of bytes overflows.
@@ -245,6 +259,7 @@ _LIMITS = {
     **dict.fromkeys(("vocab_size", "bos_token_id", "eos_token_id"), 10**7),
     "max_position_embeddings": 10**9,
 }
+_NONE_IS_0 = ("n_routed_experts", "n_shared_experts", "num_nextn_predict_layers")
 _YARN = '{"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}'
 _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from finback.errors import UserError
-from finback.paths import atomic_file
+from finback.paths import atomic_file, read_json
 from finback.text.bpe import BYTE_OF
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -95,7 +95,10 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         config_path, ranks_path = path.with_name("tokenizer_config.json"), path.with_name("tiktoken.model")
-        config = _read_object(config_path) if config_path.is_file() else None
+        config = read_json(config_path) if config_path.is_file() else None
+        template = path.with_name("chat_template.jinja")  # where newer files keep it
+        if config is not None and not config.get("chat_template") and template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
         if not path.is_file() and ranks_path.is_file() and config is not None:
             from finback.text.tiktoken import read_tiktoken
 
@@ -103,7 +106,7 @@ class Tokenizer:
         elif not path.is_file():
             raise UserError(f"{path}: no such file; a model folder needs the tokenizer.json that came with the model")
         else:
-            spec = _read_object(path)
+            spec = read_json(path)
         try:
             if config is None:
                 config = _default_config() if any(t["content"] == BOS for t in spec["added_tokens"]) else {}
@@ -260,16 +263,6 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at position {error.start}"
         raise UserError(f"text: {found} is a lone surrogate, half of a character; send whole Unicode text") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); copy it from the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}; copy it from the model again")
-    return content
 
 
 def _default_config() -> dict[str, Any]:

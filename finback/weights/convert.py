@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from finback.weights import gguf_file, layout, reader, store, writer
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 _KEPT = ("LICENSE*", "README.md", "MODEL_CARD.md")
-_TRAINER_FILES = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt")
+_TRAINER_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
 def convert(
@@ -30,12 +31,13 @@ def convert(
 ) -> list[str]:
     """Write a model anew: into the folder `out` in its family's layout, or into the file `out` if it ends in .gguf.
 
-    `dtype` as `load` has it. `quantize`: "fp8" for a folder; "bf16" (also the default), "q8_0" or "f32" for GGUF. A
-    folder whose weights are pickles is read by a limited process that unpickles tensors alone. The whole model must
-    have room in memory. Returns remarks for the user; raises UserError for what cannot be, and then writes nothing.
+    `dtype` as `load` has it. `quantize`: "fp8" or "fp8-ue8m0" (power-of-two scales) for a folder; "bf16" (also the
+    default), "q8_0" or "f32" for GGUF. A folder whose weights are pickles is read by a limited process that unpickles
+    tensors alone. The whole model must have room in memory. Returns remarks for the user; raises UserError for what
+    cannot be, and then writes nothing.
     """
     to_gguf = out.suffix == ".gguf"
-    allowed = tuple(gguf_file.KINDS) if to_gguf else ("fp8",)
+    allowed = tuple(gguf_file.KINDS) if to_gguf else tuple(writer.FP8)
     if quantize is not None and quantize not in allowed:
         what = "a GGUF file" if to_gguf else "a folder"
         raise UserError(f"--quantize {quantize}: {what} can be written in {', '.join(allowed)}")
@@ -48,11 +50,11 @@ def convert(
             raise UserError(f"{source}: no tokenizer.json; a GGUF file needs the tokenizer of its model")
         model = reader.load(source, dtype=dtype, force=force)
         if not to_gguf:
-            fp8: Literal["fp8"] | None = "fp8" if quantize else None
-            writer.save(model, tokenizer, out, quantize=fp8)
+            writer.save(model, tokenizer, out, quantize=quantize)
             for pattern in _KEPT if source.is_dir() else ():
                 for file in source.glob(pattern):
-                    shutil.copyfile(file, out / file.name)
+                    if not (out / file.name).exists():  # into itself: there already
+                        shutil.copyfile(file, out / file.name)
             return [] if tokenizer else [f"{source} has no tokenizer.json: {out} has none either"]
         assert tokenizer is not None
         gguf_file.write(model, tokenizer, out, quantize or "bf16")
@@ -65,7 +67,8 @@ def verify(name_or_path: str) -> dict[str, Any]:
     Returns what was read and under "problems" a line for each thing that is wrong.
     """
     path = model_path(name_or_path)
-    problems = list(_changed_files(path if path.is_dir() else path.parent))
+    holders = (folder for folder in (path, *path.parents[:2]) if (folder / MANIFEST).is_file())
+    problems = [line for folder in list(holders)[:1] for line in _changed_files(folder)]
     tensors = 0
     try:
         _, config, settings = reader.read_config(path)
@@ -74,7 +77,9 @@ def verify(name_or_path: str) -> dict[str, Any]:
         with torch.device("meta"):
             model = Model(reader.without_absent_mtp(config, source))
         reader.check(source, model)
-        places = sorted(layout.places(model), key=lambda place: source.position(place.name))
+        names = source.names()
+        places = [*layout.places(model), *(place for place in layout.copies(model) if place.name in names)]
+        places.sort(key=lambda place: source.position(place.name))
         with bar(len(places), f"Reading {path.name}") as progress:
             for place in places:
                 try:
@@ -92,8 +97,6 @@ def verify(name_or_path: str) -> dict[str, Any]:
 
 def _changed_files(folder: Path) -> Iterator[str]:
     """Where a pulled folder differs from what was pulled."""
-    if not (folder / MANIFEST).is_file():
-        return
     from finback.weights.hub import manifest_of
 
     try:
@@ -134,7 +137,7 @@ def _pickles(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file() or next(folder.glob("*.safetensors"), None):
         return []
     found = [file for pattern in PICKLES for file in sorted(folder.glob(pattern))]
-    return [file for file in found if file.name not in _TRAINER_FILES]
+    return [file for file in found if not _TRAINER_FILES.fullmatch(file.name)]
 
 
 @contextmanager

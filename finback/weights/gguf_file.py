@@ -49,7 +49,7 @@ class GGUF(store.Source):
         self.where = path
         self.metadata: dict[str, Any] = {}
         self._tensors: dict[str, _Stored] = {}
-        for part in _parts(path):
+        for part in parts(path):
             fields, tensors = _header(part)
             self.metadata = self.metadata or fields
             self._tensors |= tensors
@@ -66,6 +66,8 @@ class GGUF(store.Source):
 
     def names(self) -> set[str]:
         used = {name for names, _ in self._found.values() for name in names}
+        # Some files hold kv_b whole and split.
+        used |= {name.replace("attn_kv_b", part) for name in used for part in ("attn_k_b", "attn_v_b")}
         last = self.config.num_hidden_layers
         left = (name for name in self._tensors.keys() - used - {_FREQS} if (_block(name) or 0) < last)
         return self._found.keys() | {f"{name} (GGUF)" for name in left}
@@ -110,8 +112,8 @@ class GGUF(store.Source):
     def _locate(self, name: str, expert: int | None) -> tuple[tuple[str, ...], int | None] | None:
         """The tensors of the file that hold one of the checkpoint's, and which matrix of a stack it is."""
         split = tuple(name.replace("attn_kv_b", part) for part in ("attn_k_b", "attn_v_b"))
-        if split[0] != name and self._tensors.keys() >= set(split):
-            return split, None
+        if name not in self._tensors and self._tensors.keys() >= {*split} and split[0] != name:
+            return (split, None) if all(len(self._tensors[part].shape) == 3 for part in split) else None
         if name not in self._tensors or (expert is not None and expert >= self._tensors[name].shape[0]):
             return None
         return (name,), expert
@@ -140,37 +142,44 @@ class GGUF(store.Source):
 def write(model: Model, tokenizer: Tokenizer, path: Path, kind: str) -> None:
     """Write `model` as a GGUF file, its matrices in `kind` ("bf16", "q8_0" or "f32"), all else in float32.
 
-    MTP modules are left out: no reader of such files knows them. Raises UserError for what the format cannot say.
+    MTP modules are left out: no reader of such files knows them. Raises UserError for what the format cannot say, and
+    for a file that cannot be written; then there is none.
     """
+    if not is_writable(model.config):
+        raise UserError(f"{path}: GGUF files cannot hold this rope_scaling: {model.config.rope_scaling}")
+    try:
+        with atomic_file(path) as temporary:
+            _write(model, tokenizer, temporary, kind)
+    except OSError as error:
+        raise UserError(f"{path}: the file could not be written ({error})") from None
+
+
+def _write(model: Model, tokenizer: Tokenizer, path: Path, kind: str) -> None:
     gguf, config = _library(), model.config
-    if not is_writable(config):
-        raise UserError(f"{path}: GGUF files cannot hold this rope_scaling: {config.rope_scaling}")
     types = gguf.GGMLQuantizationType
     entries = list(_entries(model))
-    arch = ARCHITECTURES[config.model_type]
-    with atomic_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
-        for key, value in (metadata_of(config) | gguf_tokenizer(tokenizer, config.vocab_size)).items():
-            _add(writer, gguf.GGUFValueType, key, value)
-        stored = []
-        for name, shape, _ in entries:
-            exact = len(shape) == 1 or "ffn_gate_inp" in name  # vectors and the router
-            fits = kind != "q8_0" or shape[-1] % 32 == 0
-            one = types.F32 if exact else types[kind.upper()] if fits else types.BF16
-            bytes_shape = gguf.quants.quant_shape_to_byte_shape(shape, one)
-            writer.add_tensor_info(name, bytes_shape, np.dtype(np.uint8), int(np.prod(bytes_shape)), one)
-            stored.append(one)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        with bar(sum(int(np.prod(shape)) for _, shape, _ in entries), f"Writing {path.name}") as progress:
-            for (_, shape, make), one in zip(entries, stored, strict=True):
-                values = make().detach().float().cpu().contiguous().numpy().reshape(shape)
-                writer.write_tensor_data(gguf.quants.quantize(values, one).view(np.uint8))
-                progress.advance(values.size)
-        writer.close()
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
+    for key, value in (metadata_of(config) | gguf_tokenizer(tokenizer, config.vocab_size)).items():
+        _add(writer, gguf.GGUFValueType, key, value)
+    stored = []
+    for name, shape, _ in entries:
+        exact = len(shape) == 1 or "ffn_gate_inp" in name  # vectors and the router
+        fits = kind != "q8_0" or shape[-1] % 32 == 0
+        one = types.F32 if exact else types[kind.upper()] if fits else types.BF16
+        bytes_shape = gguf.quants.quant_shape_to_byte_shape(shape, one)
+        writer.add_tensor_info(name, bytes_shape, np.dtype(np.uint8), int(np.prod(bytes_shape)), one)
+        stored.append(one)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with bar(sum(int(np.prod(shape)) for _, shape, _ in entries), f"Writing {path.name}") as progress:
+        for (_, shape, make), one in zip(entries, stored, strict=True):
+            values = make().detach().float().cpu().contiguous().numpy().reshape(shape)
+            writer.write_tensor_data(gguf.quants.quantize(values, one).view(np.uint8))
+            progress.advance(values.size)
+    writer.close()
 
 
 _Entry = tuple[str, tuple[int, ...], Callable[[], Tensor]]
@@ -180,9 +189,11 @@ def _entries(model: Model) -> Iterator[_Entry]:
     """The tensors of the file: name, shape, and how to make it."""
     config, find = model.config, _names(model.config)
     groups: dict[str, list[layout.Place]] = {}
+    past = tuple(f"model.layers.{layer}." for layer in model.mtp)
     for place in layout.places(model):
         name, _ = find(place.name)
-        if (_block(name) or 0) < config.num_hidden_layers and not name.startswith("None"):
+        if not place.name.startswith(past):
+            assert not name.startswith("None"), f"{place.name} has no name in GGUF files"
             groups.setdefault(name, []).append(place)
     for name, places in groups.items():
         first, heads = places[0], _dealt(config, places[0].name)
@@ -255,7 +266,7 @@ def _add(writer: Any, types: Any, key: str, value: Any) -> None:
         writer.add_key_value(key, value, kinds[type(value)])
 
 
-def _parts(path: Path) -> list[Path]:
+def parts(path: Path) -> list[Path]:
     """The files of a split model, given its first one."""
     found = _SPLIT.fullmatch(path.name)
     if found is None:

@@ -89,14 +89,15 @@ def config_of(metadata: Mapping[str, Any], vocab_size: int, tied: bool, factors:
     else:
         values |= {"model_type": arch, "n_group": None, "topk_group": None}
         values |= {"num_key_value_heads": get("attention.head_count_kv"), "head_dim": get("attention.key_length")}
+    values |= {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     values |= {"vocab_size": vocab_size, "tie_word_embeddings": tied, "rope_scaling": _scaling(get, factors)}
     values["rope_theta"] = values["rope_theta"] or 10000.0
     if lacking := [f"{arch}.{key}" for name, key in needed.items() if values[name] is None]:
         raise UserError(f"GGUF: the metadata lacks {', '.join(lacking)}; the file is damaged")
-    if isinstance(values["num_hidden_layers"], int):
-        values["num_hidden_layers"] -= get("nextn_predict_layers", 0)
+    if isinstance(values["num_hidden_layers"], int) and isinstance(past := get("nextn_predict_layers", 0), int):
+        values["num_hidden_layers"] -= past
     config = Config.from_dict(values)
-    if factors is not None and not torch.allclose(rope_factors(config), factors.flatten(), rtol=1e-3):
+    if factors is not None and not _same(rope_factors(config), factors):
         raise UserError("GGUF: rope_freqs is not Llama 3.1's way of stretching a context; use the original checkpoint")
     return config
 
@@ -132,8 +133,9 @@ def rope_factors(config: Config) -> Tensor:
 def _scaling(get: Callable[..., Any], factors: Tensor | None) -> dict[str, Any] | None:
     if factors is not None:
         return {"rope_type": "llama3", "factor": round(float(factors.max()), 3), **_LLAMA3}
-    if get("rope.scaling.type") != "yarn":
-        return None
+    kind = get("rope.scaling.type", "none")
+    if kind != "yarn":
+        return None if kind == "none" else {"type": kind}
     multiplier = get("rope.scaling.yarn_log_multiplier", 0.0)
     # The converter keeps mscale_all_dim alone; in DeepSeek's models mscale equals it. Qwen2's has neither: 1 and 0.
     mscale = _rounded(10 * multiplier) if isinstance(multiplier, float) else multiplier
@@ -145,10 +147,19 @@ def _scaling(get: Callable[..., Any], factors: Tensor | None) -> dict[str, Any] 
     }
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3)
+
+
 def is_writable(config: Config) -> bool:
-    """Whether a GGUF file can say all there is to say: Llama 3.1's rule comes back from its factors alone."""
-    scaling = config.rope_scaling
-    return not isinstance(scaling, Llama3Scaling) or all(getattr(scaling, k) == v for k, v in _LLAMA3.items())
+    """Whether a GGUF file can say how this rotation is scaled: it comes back the same."""
+    metadata = metadata_of(config) | {"general.architecture": ARCHITECTURES[config.model_type]}
+    factors = rope_factors(config) if isinstance(config.rope_scaling, Llama3Scaling) else None
+    try:
+        again = config_of(metadata, config.vocab_size, config.tie_word_embeddings, factors)
+    except UserError:
+        return False
+    return again.rope_scaling == config.active_scaling
 
 
 def _rounded(value: Any) -> Any:

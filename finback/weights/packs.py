@@ -5,11 +5,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from finback.errors import UserError
 from finback.model.decoder import Model
-from finback.paths import atomic_folder
+from finback.paths import atomic_folder, read_json
 from finback.weights import layout, store
+from finback.weights.gguf_file import parts
 
 FOLDER = "packs"
 _STAMP = "pack.json"
@@ -17,14 +19,18 @@ _VERSION = 1
 _SHARD = 64 * 2**20
 
 
-def find(model: Path, form: str, dtype: torch.dtype) -> Path | None:
-    """The folder of a pack made from exactly these files, or None."""
+def find(packed: Model, model: Path, form: str, dtype: torch.dtype) -> store.Source | None:
+    """A pack made from exactly these files that holds just what `packed` needs, or None."""
     kept = _place(model, form, dtype)
     try:
-        made_from = store.read_json(kept / _STAMP)
-    except UserError:
+        if read_json(kept / _STAMP) != _stamp(model):
+            return None
+        source = store.Checkpoint(kept)
+        wanted = {p.name + suffix: t for p in layout.places(packed) for suffix, t in p.tensors.items()}
+        whole = wanted.keys() == source.names() and all(source.shape(n) == t.shape for n, t in wanted.items())
+        return source if whole else None
+    except UserError:  # damaged: it is made anew
         return None
-    return kept if made_from == _stamp(model) else None
 
 
 def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> None:
@@ -35,7 +41,7 @@ def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> None:
             # Small shards: each is copied on its way to disk, beside a model that may just fit.
             store.write(temporary, parts, max(_SHARD, sum(tensor.nbytes for _, tensor in parts) // 256))
             (temporary / _STAMP).write_text(json.dumps(_stamp(model)), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warnings.warn(f"{model}: the packed weights could not be kept ({error})", stacklevel=2)
 
 
@@ -46,6 +52,6 @@ def _place(model: Path, form: str, dtype: torch.dtype) -> Path:
 
 def _stamp(model: Path) -> dict[str, object]:
     """What a pack is made from: every weight file's name, size and time."""
-    weights = sorted(model.glob("*.safetensors") if model.is_dir() else model.parent.glob("*.gguf"))
+    weights = [*sorted(model.glob("*.safetensors")), model / "config.json"] if model.is_dir() else parts(model)
     files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in weights}
     return {"version": _VERSION, "files": files}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finback import machine
 from finback.errors import UserError
@@ -17,7 +17,7 @@ from finback.model.decoder import Model
 from finback.model.moe import Router
 from finback.model.sizes import memory
 from finback.model.weight import PackedWeight
-from finback.paths import model_path
+from finback.paths import model_path, read_json
 from finback.progress import bar
 from finback.text import Tokenizer, tokenizer_from_gguf
 from finback.weights import layout, packs, store
@@ -61,8 +61,8 @@ def load(
         if form is not None:
             pack(model, form, kept, source if quantize is None else None)
     _materialise(model, kept, place)
-    cached = packs.find(path, quantize, kept) if quantize is not None else None
-    fill(model, source if cached is None else store.Checkpoint(cached), path.name)
+    cached = packs.find(model, path, quantize, kept) if quantize is not None else None
+    fill(model, cached or source, path.name)
     if quantize is not None and cached is None:
         packs.keep(model, path, quantize, kept)
     return model.eval()
@@ -80,7 +80,7 @@ def read_config(name_or_path: str | Path) -> tuple[Path, Config, dict[str, Any]]
         config = GGUF(path).config
         return path, config, config.to_dict()
     store.check_links(path)
-    settings = store.read_json(path / "config.json")
+    settings = read_json(path / "config.json")
     return path, Config.from_dict(settings), settings
 
 
@@ -117,8 +117,9 @@ def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | Non
     """
     chosen = FORMATS[form]
     owners = {weight: (owner, name) for owner in model.modules() for name, weight in owner.named_children()}
+    names = None if source is None else source.names()
     for weight, name in {place.weight: place.name for place in list(layout.places(model))}.items():
-        if weight is None or (source is not None and name + chosen.suffix not in source.names()):
+        if weight is None or (names is not None and name + chosen.suffix not in names):
             continue
         if form == "fp8" and source is None and layout.is_kept(name):
             continue
@@ -129,12 +130,14 @@ def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | Non
 def fill(model: Model, source: store.Source, name: str) -> None:
     """Read every tensor of the model from `source`, in the order of its files, several at once."""
     todo = sorted(layout.places(model), key=lambda place: source.position(place.name))
+    names = source.names()
     total = sum(tensor.nbytes for place in todo for tensor in place.tensors.values())
 
     @torch.no_grad()
     def read(place: layout.Place) -> int:
         parts = {place.name + suffix: tensor for suffix, tensor in place.tensors.items()}
-        if all(part in source.names() and _direct(source, part, tensor) for part, tensor in parts.items()):
+        # Numbers, or codes with their scales, as they are to be held; else floats, to be rounded or packed.
+        if parts.keys() <= names and source.dtype(place.name) == place.tensors[""].dtype:
             for part, tensor in parts.items():
                 source.into(part, tensor)
         else:
@@ -145,11 +148,6 @@ def fill(model: Model, source: store.Source, name: str) -> None:
     with bar(total, f"Loading {name}", in_bytes=True) as progress, ThreadPoolExecutor(min(4, machine.cpus())) as pool:
         for done in pool.map(read, todo):
             progress.advance(done)
-
-
-def _direct(source: store.Source, name: str, out: Tensor) -> bool:
-    """Whether the tensor can be read as it is: same numbers on disk and in memory."""
-    return source.dtype(name) == out.dtype and out.is_contiguous() and out.device.type == "cpu"
 
 
 def without_absent_mtp(config: Config, source: store.Source) -> Config:
@@ -179,10 +177,11 @@ def check(source: store.Source, model: Model) -> None:
     if missing := expected.keys() - names:
         raise UserError(f"{where}: the checkpoint lacks {_list(missing)}, which its config.json asks for")
     scales = {place.name + FORMATS["fp8"].suffix: place for place in expected.values() if place.weight is not None}
-    unexpected = names - expected.keys() - scales.keys() - {place.name for place in layout.copies(model)}
+    twins = {place.name: place for place in layout.copies(model) if place.name in names}
+    unexpected = names - expected.keys() - scales.keys() - twins.keys()
     if unexpected := {name for name in unexpected if not layout.IGNORED.search(name)}:
         raise UserError(f"{where}: the checkpoint holds {_list(unexpected)}, unknown to its config.json")
-    for name, place in expected.items():
+    for name, place in (expected | twins).items():
         stored = source.dtype(name)
         fp8 = stored == FORMATS["fp8"].code_dtype and place.weight is not None
         if not fp8 and stored not in store.FLOATS.values():

@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finback.errors import UserError
 from finback.kernels.quantise import BLOCK, FORMATS
+from finback.paths import read_json
 
 SHARD_LIMIT = 5 * 10**9
 SINGLE = "model.safetensors"
@@ -26,22 +27,8 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-_JSON_LIMIT = 200 << 20
 _READ = 2 << 20  # bytes at a time: checked for NaN while they are still in cache
 _PANEL = 8 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError when it is missing, no JSON, no object or absurdly large."""
-    try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes; a JSON file here has at most {_JSON_LIMIT:,}")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, must hold a JSON object")
-    return value
 
 
 def check_links(folder: Path) -> None:
@@ -77,7 +64,7 @@ class Source(ABC):
 
     @abstractmethod
     def into(self, name: str, out: Tensor) -> None:
-        """The tensor as it is stored into `out`, contiguous, of the same dtype and shape."""
+        """The tensor's own numbers, codes included, into `out` of the same shape, on any device."""
 
 
 class _Entry(NamedTuple):
@@ -120,6 +107,11 @@ class Checkpoint(Source):
         return self._entries[name].file.name, self._entries[name].offset
 
     def into(self, name: str, out: Tensor) -> None:
+        if out.dtype != self.dtype(name) or out.device.type != "cpu" or not out.is_contiguous():
+            for start, stop in panel_rows(self.shape(name)):
+                part = self._rows(name, start, stop)
+                out[start:stop].copy_(part.float() if part.dtype == torch.float8_e8m0fnu else part)
+            return
         entry = self._entries[name]
         flat = out.view(-1).view(torch.uint8)
         with open(entry.file, "rb", buffering=0) as file:

@@ -5,6 +5,7 @@
 
 import resource
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def main(out: Path, files: list[Path]) -> None:
     limit(files)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
             raise SystemExit(f"{file}: holds other things than named tensors")
         tensors |= content

@@ -6,17 +6,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from finback.errors import UserError
-from finback.kernels.quantise import BLOCK, FORMATS
+from finback.kernels.quantise import BLOCK, FORMATS, Fp8
 from finback.model.config import Config
 from finback.model.decoder import Model
 from finback.model.weight import PackedWeight
-from finback.paths import atomic_folder
+from finback.paths import MANIFEST, atomic_folder
 from finback.text.tokenizer import Tokenizer
 from finback.weights import layout, packs, store
 
@@ -27,18 +27,20 @@ def save(
     folder: str | Path,
     *,
     greedy: bool = False,
-    quantize: Literal["fp8"] | None = None,
+    quantize: str | None = None,
     shard_limit: int = store.SHARD_LIMIT,
 ) -> None:
     """Write `model` to `folder` in the original layout, so that transformers, vLLM and llama.cpp read it too.
 
     Tensors keep their dtype; int8 and int4 matrices are written as what they stand for. `quantize="fp8"` stores the
-    matrices in FP8 blocks, as DeepSeek does; those that already are FP8 stay as they are. Shards stay below
-    `shard_limit` bytes. `greedy`: the model is meant to be decoded without sampling; otherwise its
-    generation_config.json asks for R1's temperature 0.6 and top-p 0.95. The folder appears whole or not at all. An
-    existing model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises UserError when `folder` holds
-    something that is not a model, or the disk is full.
+    matrices in FP8 blocks, as DeepSeek does ("fp8-ue8m0": with power-of-two scales, as V3.1); those that already are
+    FP8 stay as they are. Shards stay below `shard_limit` bytes. `greedy`: the model is meant to be decoded without
+    sampling; otherwise its generation_config.json asks for R1's temperature 0.6 and top-p 0.95. The folder appears
+    whole or not at all. An existing model folder is replaced, its other files (MODEL_CARD.md, …) are kept. Raises
+    UserError when `folder` holds something that is not a model, or the disk is full.
     """
+    if quantize is not None and quantize not in FP8:
+        raise UserError(f"quantize={quantize!r}: a folder is written in {', '.join(FP8)}, or as it is")
     target = Path(folder).expanduser().resolve()
     if Path.cwd().is_relative_to(target) or (target.exists() and not _replaceable(target)):
         raise UserError(f"{target}: not an empty folder or a model folder; save into a folder of its own")
@@ -57,6 +59,9 @@ def save(
                 _flush(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: the model could not be written ({error}); what was there is unchanged") from None
+
+
+FP8 = {"fp8": Fp8(), "fp8-ue8m0": Fp8(power_of_two=True)}
 
 
 class _Stored:
@@ -83,8 +88,8 @@ class _Stored:
         tensors = place.tensors
         if isinstance(weight, PackedWeight) and weight.form.name != fp8.name:
             tensors = {"": place.values()}
-        if self._quantize == fp8.name and weight is not None and len(tensors) == 1 and not layout.is_kept(place.name):
-            tensors = dict(zip(("", fp8.suffix), fp8.quantise(tensors[""]), strict=True))
+        if self._quantize and weight is not None and len(tensors) == 1 and not layout.is_kept(place.name):
+            tensors = dict(zip(("", fp8.suffix), FP8[self._quantize].quantise(tensors[""]), strict=True))
         if len(tensors) == 2:
             self._fp8 = True
             self._powers &= bool((tensors[fp8.suffix].frexp().mantissa == 0.5).all())
@@ -116,7 +121,7 @@ def _replaceable(folder: Path) -> bool:
 
 def _written(target: Path) -> Callable[[str, list[str]], Set[str]]:
     """What `save` writes itself, and so does not carry over; every other file of the folder is kept."""
-    ours = ("config.json", "generation_config.json", "model*.safetensors", store.INDEX, packs.FOLDER)
+    ours = ("config.json", "generation_config.json", "model*.safetensors", store.INDEX, packs.FOLDER, MANIFEST)
     patterns = shutil.ignore_patterns(*ours)
     return lambda folder, names: patterns(folder, names) if Path(folder) == target else set()
 
