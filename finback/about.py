@@ -48,7 +48,7 @@ def describe(model: str) -> dict[str, Any]:
         "parameters_active": count.active,
         "parameters_mtp": count.mtp,
         "precision": "GGUF" if path.is_file() else "fp8" if settings.get("quantization_config") else precision,
-        "weights_bytes": sum(file.stat().st_size for file in files),
+        "weights_bytes": sum(file.stat().st_size for file in files if file.is_file()),
         "cache_numbers_per_token": cached,
         "cache_bytes_per_token": cached * per_number,
         "multi_head_cache_bytes_per_token": heads * per_number,

@@ -1,6 +1,8 @@
 """The command line: one function a command. Nothing heavy is imported before a command runs."""
 
+import io
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, OSError, UnicodeError) as error:  # what the system refuses, the user can mend as well
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
 
@@ -220,6 +222,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Problems at once.")] = 64,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    force: Force = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem and reply there, JSON lines.")] = None,
     json: Json = False,
 ) -> None:
@@ -231,7 +234,7 @@ def evaluate(
     from finback.evaluate import evaluate as measure
 
     options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
-    options |= {"dtype": dtype or default_dtype(model), "quantize": quantize}
+    options |= {"dtype": dtype or default_dtype(model), "quantize": quantize, "force": force}
     result = measure(model, task, n, seed, records=out, **options)
     if json:
         terminal.print_json(result)
@@ -284,4 +287,8 @@ def _open(
 
 def main() -> None:
     """The entry point of `finback`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     app()

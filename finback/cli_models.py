@@ -71,7 +71,9 @@ def ls(json: Json = False) -> None:
     )
 
 
-def show(model: Annotated[str, typer.Argument(help="A model's name, or its folder.")], json: Json = False) -> None:
+def show(
+    model: Annotated[str, typer.Argument(help="A model's name, its folder, or a GGUF file.")], json: Json = False
+) -> None:
     """What a model is: architecture, parameters, cache, vocabulary, context. Its weights are not read.
 
     Example: finback show calf
@@ -117,6 +119,8 @@ def verify(
 ) -> None:
     """Read all of a model: files as they were pulled, headers, names and shapes of tensors, every number.
 
+    Each problem is a line on stdout; with one the exit code is 2.
+
     Example: finback verify calf
     """
     from finback.weights.convert import verify as examine
@@ -128,7 +132,8 @@ def verify(
         for problem in found["problems"]:
             print(problem)
         if not found["problems"]:
-            print(f"{model} is whole: {found['tensors']:,} tensors")
+            words = "and its tokenizer" if found["tokenizer"] else "without a tokenizer"
+            print(f"{model} is whole: {found['tensors']:,} tensors {words}")
     if found["problems"]:
         raise typer.Exit(2)
 

@@ -19,7 +19,15 @@ MANIFEST = "finback.json"  # in each pulled folder: where it comes from, its fil
 
 def home() -> Path:
     """The folder of pulled and trained models: `$FINBACK_HOME`, by default `~/.finback`."""
-    return Path(os.environ.get("FINBACK_HOME") or Path.home() / ".finback").expanduser()
+    return expanded(os.environ.get("FINBACK_HOME") or "~/.finback")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` replaced. Raises UserError for a user who is not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def model_path(name: str) -> Path:
@@ -28,11 +36,13 @@ def model_path(name: str) -> Path:
     A folder without safetensors that holds one GGUF model (its first part, where it is split) means that. Raises
     UserError that lists the names which exist.
     """
+    if not name.strip():
+        raise UserError("--model: the name is empty; give a name, a folder or a GGUF file")
     roots = [] if Path(name).is_absolute() or ".." in Path(name).parts else _roots()  # a name stays inside its root
-    for folder in [Path(name).expanduser(), *(root / name for root in roots)]:
+    for folder in [expanded(name), *(root / name for root in roots)]:
         if (path := _model_at(folder)) is not None:
             return path
-    known = ", ".join(known for known, folder in installed() if _model_at(folder))
+    known = ", ".join(known for known, folder in installed() if (folder / "config.json").is_file())
     raise UserError(f"--model {name!r}: no folder with a config.json and no GGUF file; known models: {known or 'none'}")
 
 
@@ -81,9 +91,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError if `path` is there and is no regular file: a rename would replace a device as well."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is there and is no file; give another name")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it into place, else remove it."""
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)

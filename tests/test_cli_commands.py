@@ -11,7 +11,18 @@ from finback.cli import app
 from finback.tasks import TASKS, is_held_out, sample
 from finback.weights import save
 
-COMMANDS = [["ask"], ["chat"], ["train"], ["eval"], ["show"], ["doctor"], ["tasks", "list"], ["tasks", "sample"]]
+COMMANDS = [
+    ["ask"],
+    ["chat"],
+    ["train"],
+    ["eval"],
+    ["show"],
+    ["verify"],
+    ["convert"],
+    ["doctor"],
+    ["tasks", "list"],
+    ["tasks", "sample"],
+]
 ASK_KEYS = ["answer", "reasoning", "finish_reason", "prompt_tokens", "completion_tokens"]
 
 
@@ -263,3 +274,28 @@ def test_every_command_has_an_example(finback, command):
     result = finback(*command, "--help")
     assert result.exit_code == 0
     assert f"Example: finback {' '.join(command)}" in result.stdout
+
+
+def test_verify_and_convert(finback, tmp_path):
+    assert finback("verify", "rand").stdout.startswith("rand is whole: ")
+    assert finback("convert", "rand", tmp_path / "m.gguf").stdout == f"{tmp_path / 'm.gguf'}\n"
+    found = finback("verify", tmp_path / "m.gguf", "--json")
+    assert json.loads(found.stdout)["problems"] == [] and found.exit_code == 0
+    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:-5000])
+    broken = finback("verify", tmp_path / "m.gguf")
+    assert broken.exit_code == 2 and "m.gguf" in broken.stdout
+
+
+def test_what_the_system_refuses_is_one_line(finback, tmp_path):
+    for arguments in (["show", "a" * 300], ["convert", "rand", tmp_path / ("b" * 300)], ["ls", "--nonsense"]):
+        result = finback(*arguments)
+        assert result.exit_code == 2 and "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_packing_is_asked_for_by_an_option(finback, homes):
+    plain, packed = (
+        finback("ask", "Hi", "--model", "greedy", "--json", *more) for more in ([], ["--quantize", "int8"])
+    )
+    assert packed.exit_code == plain.exit_code == 0
+    assert (homes / "models" / "greedy" / "packs" / "int8-float32" / "pack.json").is_file()

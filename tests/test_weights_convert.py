@@ -15,6 +15,7 @@ from tiny_model import tiny_model
 
 from finback.errors import UserError
 from finback.model import Config
+from finback.paths import atomic_file, check_writable
 from finback.text import Tokenizer
 from finback.weights import load, load_tokenizer, save
 from finback.weights.convert import convert, verify
@@ -235,3 +236,20 @@ def test_what_a_trainer_left_and_old_pickles_are_no_obstacle(folder, tmp_path):
         (folder / name).write_bytes(b"anything")
     convert(str(folder), tmp_path / "out")
     assert verify(str(tmp_path / "out"))["problems"] == []
+
+
+def test_the_users_home_and_folders_among_the_texts(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").mkdir()
+    convert(str(folder), Path("~/there"))
+    assert verify(str(tmp_path / "there"))["problems"] == []
+    assert not (tmp_path / "there" / "LICENSE").exists() and not Path("~").exists()
+
+
+def test_a_device_is_not_replaced(folder):
+    for path in (Path("/dev/null"), folder):
+        with pytest.raises(UserError, match="no file"):
+            check_writable(path)
+    with pytest.raises(UserError, match="no file"), atomic_file(Path("/dev/null")):
+        raise AssertionError

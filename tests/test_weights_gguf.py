@@ -302,6 +302,7 @@ def refused(path: Path, *named: str) -> None:
     [
         ({"architecture": "mamba"}, "mamba"),
         ({"deepseek2.block_count": 4}, "lacks"),
+        ({"deepseek2.block_count": 2}, "unknown"),
         ({"deepseek2.block_count": 2**31}, ""),
         ({"deepseek2.embedding_length": 64}, "[310, 64]"),
         ({"deepseek2.expert_count": 7}, "n_routed_experts"),
@@ -347,7 +348,8 @@ def test_counts_beyond_all_bounds_end_at_once(good, tmp_path):
     """Numbers of keys, tensors and elements that a reader would count to for years."""
     content = good.read_bytes()
     tokens = content.index(b"tokenizer.ggml.merges") + len(b"tokenizer.ggml.merges") + 8
-    for place in (8, 16, tokens):
+    types = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    for place in (8, 16, tokens, types):
         changed = bytearray(content)
         changed[place : place + 8] = (2**62).to_bytes(8, "little")
         (tmp_path / "m.gguf").write_bytes(changed)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_model import tiny, tiny_model
 
 from finback.errors import UserError
+from finback.text import Tokenizer
 from finback.weights import load, load_tokenizer, reader, save
 from finback.weights.convert import verify
 
@@ -217,6 +218,40 @@ def test_what_is_no_file_is_not_waited_for(folder):
     os.mkfifo(folder / "config.json")
     refused(folder)
     os.unlink(folder / "config.json")
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**12, 1.5, "3", None])
+def test_a_token_id_that_cannot_be_is_one_clear_line(folder, token_id):
+    Tokenizer.train(["one two three " * 20], vocab_size=300).save(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"][3]["id"] = token_id
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+    assert verify(str(folder))["problems"]
+
+
+def test_a_tokenizer_of_another_model_is_named(folder):
+    Tokenizer.train(["one two three " * 20], vocab_size=300).save(folder)
+    assert "do not belong together" in verify(str(folder))["problems"][0]
+
+
+def test_links_in_a_loop_are_one_clear_line(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("zz")
+    (folder / "zz").symlink_to("model.safetensors")
+    refused(folder, "model.safetensors")
+
+
+def test_a_home_of_nobody_is_one_clear_line(monkeypatch):
+    with pytest.raises(UserError, match="nobody-here"):
+        load("~nobody-here/model")
+    monkeypatch.setenv("FINBACK_HOME", "~nobody-here")
+    with pytest.raises(UserError, match="nobody-here"):
+        load("some-model")
+    with pytest.raises(UserError, match="empty"):
+        load(" ")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE"}}', '{"model": null}'])

@@ -8,7 +8,7 @@ from typing import Any
 
 from finback.engine import Completion, Engine, Sampling
 from finback.errors import UserError
-from finback.paths import atomic_file
+from finback.paths import atomic_file, check_writable
 from finback.progress import bar
 from finback.tasks import TASKS, Problem, sample, verify
 from finback.text import prompt_ids
@@ -41,6 +41,7 @@ def evaluate(
     batch: int = 64,
     dtype: str = "auto",
     quantize: str | None = None,
+    force: bool = False,
     records: Path | None = None,
 ) -> dict[str, Any]:
     """Greedy pass@1 on `n` held-out problems of each task (None: all), the same problems for the same seed.
@@ -50,6 +51,8 @@ def evaluate(
     Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals; `records`
     gets one JSON line a problem. Raises UserError for an unknown task, n < 1, or a model without a tokenizer.
     """
+    if records is not None:
+        check_writable(records)  # before the work, not after it
     names = list(dict.fromkeys(tasks or TASKS))
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")
@@ -58,7 +61,7 @@ def evaluate(
         engine, label = model, name or "model"
     else:
         engine, label = (
-            Engine(load(model, dtype, quantize=quantize), load_tokenizer(model), max_batch=batch),
+            Engine(load(model, dtype, quantize=quantize, force=force), load_tokenizer(model), max_batch=batch),
             name or model,
         )
     graded = _grade(engine, problems, think, max_tokens)

@@ -34,6 +34,7 @@ TOOL = tuple(
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, *FIM, *TOOL)
 # Not "special" to other programs (as in DeepSeek's files): their parsers look for these in the decoded text.
 MARKUP = (THINK, END_THINK, *TOOL)
+_MOST_TOKENS = 10**7
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 # The chat format of chat.py for programs that read it as a template; a test holds the two together.
@@ -68,6 +69,9 @@ class Tokenizer:
         """`spec` is the content of a tokenizer.json, `config` of a tokenizer_config.json. Raises UserError."""
         self._spec, self._config = spec, config
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        ids = [*added.values(), *spec["model"]["vocab"].values()]
+        if wrong := [i for i in ids if type(i) is not int or not 0 <= i < _MOST_TOKENS]:
+            raise UserError(f"tokenizer.json: a token has the id {wrong[0]!r}; ids are 0 to {_MOST_TOKENS - 1:,}")
         letters = [token for token in spec.get("added_tokens") or [] if _is_letter(token)]
         self.marks: dict[str, int] = {name: added[name] for name in added.keys() - {t["content"] for t in letters}}
         self._encoder = _text_encoder(spec, self.marks, letters)
@@ -155,7 +159,8 @@ class Tokenizer:
         """The template of tokenizer_config.json, as text: it is looked at, never run."""
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
         return template if isinstance(template, str) else None
 
     def encode(self, text: str) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 
 from finback.errors import UserError
 from finback.model.decoder import Model
-from finback.paths import MANIFEST, model_path
+from finback.paths import MANIFEST, check_writable, expanded, model_path, read_json
 from finback.progress import bar
 from finback.text import Tokenizer, gguf_split
 from finback.weights import gguf_file, layout, reader, store, writer
@@ -36,14 +36,15 @@ def convert(
     tensors alone. The whole model must have room in memory. Returns remarks for the user; raises UserError for what
     cannot be, and then writes nothing.
     """
-    to_gguf = out.suffix == ".gguf"
+    out = expanded(out)
+    to_gguf = out.suffix.lower() == ".gguf"
     allowed = tuple(gguf_file.KINDS) if to_gguf else tuple(writer.FP8)
     if quantize is not None and quantize not in allowed:
         what = "a GGUF file" if to_gguf else "a folder"
         raise UserError(f"--quantize {quantize}: {what} can be written in {', '.join(allowed)}")
-    if to_gguf and out.exists() and not out.is_file():
-        raise UserError(f"{out}: is no file; give another name")
-    place = Path(name_or_path).expanduser()
+    if to_gguf:
+        check_writable(out)
+    place = expanded(name_or_path)
     with _unpickled(place) if _pickles(place) else _as_it_is(name_or_path) as source:
         tokenizer = _tokenizer(source)
         if tokenizer is None and to_gguf:
@@ -53,7 +54,7 @@ def convert(
             writer.save(model, tokenizer, out, quantize=quantize)
             for pattern in _KEPT if source.is_dir() else ():
                 for file in source.glob(pattern):
-                    if not (out / file.name).exists():  # into itself: there already
+                    if file.is_file() and not (out / file.name).exists():  # into itself: there already
                         shutil.copyfile(file, out / file.name)
             return [] if tokenizer else [f"{source} has no tokenizer.json: {out} has none either"]
         assert tokenizer is not None
@@ -69,7 +70,7 @@ def verify(name_or_path: str) -> dict[str, Any]:
     path = model_path(name_or_path)
     holders = (folder for folder in (path, *path.parents[:2]) if (folder / MANIFEST).is_file())
     problems = [line for folder in list(holders)[:1] for line in _changed_files(folder)]
-    tensors = 0
+    tensors, tokenizer = 0, None
     try:
         _, config, settings = reader.read_config(path)
         reader.stored_fp8(settings, path)
@@ -89,10 +90,16 @@ def verify(name_or_path: str) -> dict[str, Any]:
                     problems.append(str(error))
                 tensors += 1
                 progress.advance()
-        _tokenizer(path)
+        tokenizer = _tokenizer(path)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            what = f"{tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}"
+            problems.append(f"{path}: the tokenizer has {what}; they do not belong together")
+        if path.is_dir() and (path / "generation_config.json").is_file():
+            read_json(path / "generation_config.json")
     except UserError as error:
         problems.append(str(error))
-    return {"model": name_or_path, "path": str(path), "tensors": tensors, "problems": problems}
+    found = {"model": name_or_path, "path": str(path), "tensors": tensors, "tokenizer": tokenizer is not None}
+    return found | {"problems": problems}
 
 
 def _changed_files(folder: Path) -> Iterator[str]:
@@ -155,7 +162,8 @@ def _unpickled(folder: Path) -> Iterator[Path]:
         environment = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG") if key in os.environ}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            why = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
+            lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+            why = next((line for line in lines if "WeightsUnpickler error" in line), lines[-1]).strip()
             raise UserError(f"{folder}: its pickles cannot be read as weights alone ({why[:300]}); nothing was written")
         for file in folder.iterdir():
             if file.is_file() and (file.suffix in (".json", ".md", ".model") or file.name.startswith("LICENSE")):

@@ -68,8 +68,10 @@ class GGUF(store.Source):
         used = {name for names, _ in self._found.values() for name in names}
         # Some files hold kv_b whole and split.
         used |= {name.replace("attn_kv_b", part) for name in used for part in ("attn_k_b", "attn_v_b")}
-        last = self.config.num_hidden_layers
-        left = (name for name in self._tensors.keys() - used - {_FREQS} if (_block(name) or 0) < last)
+        # Layers past the last are forgiven where the file announces them, as MTP's.
+        announced = self.metadata.get(f"{self.metadata['general.architecture']}.block_count", 0)
+        past = range(self.config.num_hidden_layers, announced)
+        left = (name for name in self._tensors.keys() - used - {_FREQS} if _block(name) not in past)
         return self._found.keys() | {f"{name} (GGUF)" for name in left}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -297,6 +299,11 @@ def _parsed(path: Path, _size: int, _time: int) -> tuple[dict[str, Any], dict[st
             if not 0 <= int(offset) + np.dtype(dtype).itemsize * int(count) <= len(self.data):
                 raise ValueError(f"offset {int(offset):,} lies past the end")
             return super()._get(offset, dtype, count, *rest, **more)
+
+        def _get_field_parts(self, offset: int, kind: int) -> Any:
+            if kind == gguf.GGUFValueType.ARRAY and int(self._get(offset + 4, np.uint64)[0]) > len(self.data) - offset:
+                raise ValueError(f"an array at offset {int(offset):,} has more elements than the file has bytes")
+            return super()._get_field_parts(offset, kind)
 
     try:
         reader = Bounded(path)

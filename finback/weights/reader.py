@@ -81,7 +81,10 @@ def read_config(name_or_path: str | Path) -> tuple[Path, Config, dict[str, Any]]
         return path, config, config.to_dict()
     store.check_links(path)
     settings = read_json(path / "config.json")
-    return path, Config.from_dict(settings), settings
+    try:
+        return path, Config.from_dict(settings), settings
+    except UserError as error:
+        raise UserError(f"{path}/{error}") from None
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -185,9 +188,12 @@ def check(source: store.Source, model: Model) -> None:
         stored = source.dtype(name)
         fp8 = stored == FORMATS["fp8"].code_dtype and place.weight is not None
         if not fp8 and stored not in store.FLOATS.values():
-            raise UserError(f"{where}: tensor {name!r} is stored as {stored}; allowed: {', '.join(store.FLOATS)}")
+            allowed = f"{', '.join(store.FLOATS)}, for matrices F8_E4M3"
+            raise UserError(f"{where}: tensor {name!r} is stored as {stored}; allowed: {allowed}")
         if fp8 != ((scale := name + FORMATS["fp8"].suffix) in names):
             raise UserError(f"{where}: tensor {name!r} is {'FP8 without' if fp8 else 'not FP8 and has'} {scale!r}")
+        if fp8 and source.dtype(scale) not in (*store.FLOATS.values(), torch.float8_e8m0fnu):
+            raise UserError(f"{where}: tensor {scale!r} is stored as {source.dtype(scale)}; scales are floats")
         wanted = {name: place.shape} | ({scale: FORMATS["fp8"].shapes(*place.shape)[1]} if fp8 else {})
         for part, shape in wanted.items():
             if source.shape(part) != shape:

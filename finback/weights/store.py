@@ -35,8 +35,9 @@ def check_links(folder: Path) -> None:
     """Raise UserError for a link that leads out of the folder, except into the blobs of a hub's cache around it."""
     allowed = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for path in folder.iterdir():
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
-            raise UserError(f"{path}: a link to {path.resolve()}, outside of the model's folder; copy the file there")
+        leads = Path(os.path.realpath(path))  # where a loop is no error
+        if path.is_symlink() and not any(leads.is_relative_to(root) for root in allowed):
+            raise UserError(f"{path}: a link to {leads}, outside of the model's folder; copy the file there")
 
 
 class Source(ABC):
@@ -187,7 +188,8 @@ def panel_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 def _header(path: Path) -> dict[str, _Entry]:
     """Where every tensor of a file lies. The library vouches for it: sizes, no overlap, no gap, the whole file."""
     if not path.is_file():
-        raise UserError(f"{path}: missing; the folder must hold {SINGLE}, or {INDEX} and the files it names")
+        pickles = "; its pickles are read by finback convert alone" if next(path.parent.glob("*.bin"), None) else ""
+        raise UserError(f"{path}: missing; the folder must hold {SINGLE}, or {INDEX} and the files it names{pickles}")
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -214,7 +216,8 @@ def write(folder: Path, entries: Iterable[tuple[str, Tensor]], limit: int = SHAR
 
     def flush() -> None:
         shards.append(list(shard))
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_file(shard, path := folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes for the owner alone
         shard.clear()
 
     for name, tensor in entries:

@@ -129,6 +129,5 @@ def _written(target: Path) -> Callable[[str, list[str]], Set[str]]:
 def _flush(file: Path) -> None:
     """Push a file to disk, so that the rename that follows cannot reveal an empty one after a crash."""
     if file.is_file():
-        file.chmod(0o644)  # safetensors writes for the owner alone
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
