@@ -34,7 +34,7 @@ def test_the_copy_is_what_runs(tmp_path):
 @pytest.mark.check
 def test_without_a_bug_all_the_named_tests_pass(tmp_path):
     copy(tmp_path)
-    done = run(sorted({test for mutation in MUTATIONS for test in mutation.tests}), tmp_path)
+    done = run(sorted({test for mutation in MUTATIONS for test in mutation.tests}), tmp_path, limit_s=1200)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
