@@ -108,6 +108,21 @@ def wide_file(path: Path, kind: gguf.GGMLQuantizationType, seed: int = 0) -> dic
     return expected
 
 
+@pytest.mark.parametrize("kind", ["I32", "Q8_K", "F64"])
+def test_a_type_that_cannot_be_read_is_named_before_anything_is(kind, tmp_path, monkeypatch):
+    one = gguf.GGMLQuantizationType[kind]
+    write(model_of("R1-Distill-Qwen"), TOKENIZER, tmp_path / "good.gguf", "bf16")
+    reader, writer = gguf.GGUFReader(tmp_path / "good.gguf"), gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    copy_fields(reader, writer)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    size = gguf.GGML_QUANT_SIZES[one][1]
+    writer.add_tensor("blk.1.odd.weight", np.zeros((2, size), np.uint8), raw_dtype=one)
+    finish(writer)
+    monkeypatch.setattr(GGUF, "_rows", None)
+    refused(tmp_path / "m.gguf", "'blk.1.odd.weight'", kind, "another type")
+
+
 @pytest.mark.parametrize("kind", READABLE, ids=lambda kind: kind.name)
 def test_every_type_is_read_as_the_library_reads_it(kind, tmp_path):
     expected = wide_file(tmp_path / "m.gguf", kind)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,15 @@ class GGUF(store.Source):
         factors = self._whole(_FREQS) if _FREQS in self._tensors else None
         tied = "output.weight" not in self._tensors
         self.config = config_of(self.metadata, self._tensors["token_embd.weight"].shape[0], tied, factors)
+
+    @cached_property
+    def _found(self) -> dict[str, tuple[tuple[str, ...], int | None]]:
+        """Where each of the checkpoint's tensors is; who wants configuration or tokenizer alone needs none of it."""
         find = _names(self.config)
         with torch.device("meta"):
             wanted = [place.name for place in layout.places(Model(self.config))]
         places = {name: self._locate(*find(name)) for name in wanted}
-        self._found = {name: place for name, place in places.items() if place is not None}
+        return {name: place for name, place in places.items() if place is not None}
 
     def names(self) -> set[str]:
         used = {name for names, _ in self._found.values() for name in names}
@@ -129,16 +133,10 @@ class GGUF(store.Source):
         quants, tensor = _library().quants, self._tensors[name]
         width = tensor.size // torch.Size(tensor.shape[:-1]).numel()
         data = np.fromfile(tensor.file, np.uint8, width * count, offset=tensor.offset + start * width)
-        try:
-            values = quants.dequantize(data.reshape(count, width), tensor.kind)
-        except NotImplementedError:
-            kind = tensor.kind.name
-            raise UserError(
-                f"{tensor.file}: tensor {name!r} is {kind}, which cannot be read; take another type"
-            ) from None
-        if not np.isfinite(values.sum(dtype=np.float64)):
+        values = quants.dequantize(data.reshape(count, width), tensor.kind)
+        if not np.isfinite(values.sum(dtype=np.float64)):  # no sum of float32 overflows there
             raise UserError(f"{tensor.file}: tensor {name!r} holds NaN or infinity; the file is damaged")
-        return torch.from_numpy(np.array(values, np.float32))
+        return torch.from_numpy(np.asarray(values, np.float32))
 
 
 def write(model: Model, tokenizer: Tokenizer, path: Path, kind: str) -> None:
@@ -273,10 +271,10 @@ def parts(path: Path) -> list[Path]:
     found = _SPLIT.fullmatch(path.name)
     if found is None:
         return [path]
-    parts = [path.with_name(f"{found[1]}{number:05d}-of-{found[2]}.gguf") for number in range(1, int(found[2]) + 1)]
-    if missing := [part.name for part in parts if not part.is_file()]:
+    files = [path.with_name(f"{found[1]}{number:05d}-of-{found[2]}.gguf") for number in range(1, int(found[2]) + 1)]
+    if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{path}: its parts {', '.join(missing[:3])} are missing; all must lie in one folder")
-    return parts
+    return files
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
@@ -316,9 +314,23 @@ def _parsed(path: Path, _size: int, _time: int) -> tuple[dict[str, Any], dict[st
         block = gguf.GGML_QUANT_SIZES[tensor.tensor_type][0]
         if not shape or min(shape) < 1 or shape[-1] % block:
             raise UserError(f"{path}: tensor {tensor.name!r} has the shape {list(shape)}; the file is damaged")
+        if not _readable(tensor.tensor_type):
+            what = f"tensor {tensor.name!r} is {tensor.tensor_type.name}, which cannot be read"
+            raise UserError(f"{path}: {what}; take the model in another type")
         place = int(tensor.data_offset), int(tensor.n_bytes)
         tensors[tensor.name] = _Stored(path, *place, shape, tensor.tensor_type)
     return fields, tensors
+
+
+@cache
+def _readable(kind: Any) -> bool:
+    """Whether the library turns this type into numbers, tried on one block: it has no list of those it does."""
+    gguf = _library()
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _library() -> Any:
