@@ -4,6 +4,7 @@ import os
 
 from hypothesis import Phase, settings
 
+pytest_plugins = ["pulling"]  # its fixtures serve two files
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers is an oracle on local folders; no test asks the network
 
 # No deadline: a test never judges by time. In CI the examples are the same in every run.

@@ -3,6 +3,7 @@
 from mutations import Mutation
 
 FETCH, HUB, PATHS, COMMANDS = "weights/fetch.py", "weights/hub.py", "paths.py", "cli_models.py"
+TEST_FETCH = "test_weights_fetch.py"
 TEST_HUB, TEST_PATHS, TEST_COMMANDS = "test_weights_hub.py", "test_paths.py", "test_cli_models.py"
 
 MUTATIONS = [
@@ -10,21 +11,21 @@ MUTATIONS = [
         FETCH,
         "own = self._token and _origin(target) == self._origin",
         "own = self._token",
-        [f"{TEST_HUB}::test_the_token_goes_to_the_hub_alone"],
+        [f"{TEST_FETCH}::test_the_token_goes_to_the_hub_alone"],
         "the token is sent wherever the hub redirects to",
     ),
     Mutation(
         FETCH,
         'target.scheme != "https" and target.scheme != before.scheme',
         'target.scheme not in ("https", "http")',
-        [f"{TEST_HUB}::test_https_is_not_left"],
+        [f"{TEST_FETCH}::test_https_is_not_left"],
         "a redirect leaves https",
     ),
     Mutation(
         FETCH,
         "if response.status_code != 206 or given is None:",
         "if response.status_code != 206:",
-        [f"{TEST_HUB}::test_another_range_than_asked_for_is_not_used"],
+        [f"{TEST_FETCH}::test_another_range_than_asked_for_is_not_used"],
         "whatever range comes is appended",
     ),
     Mutation(
@@ -34,7 +35,7 @@ MUTATIONS = [
                 have = 0
 """,
         "                have = 0\n",
-        [f"{TEST_HUB}::test_a_server_without_ranges_sends_all_again"],
+        [f"{TEST_FETCH}::test_a_server_without_ranges_sends_all_again"],
         "a file sent anew is appended to its beginning",
     ),
     Mutation(
@@ -43,28 +44,28 @@ MUTATIONS = [
                         raise""",
         """                    if have > 2 * size:
                         raise""",
-        [f"{TEST_HUB}::test_more_bytes_than_listed_stop_at_once"],
+        [f"{TEST_FETCH}::test_more_bytes_than_listed_stop_at_once"],
         "a server can fill the disk",
     ),
     Mutation(
         FETCH,
         "failures = 1 if held() > best else failures + 1",
         "failures = failures + 1",
-        [f"{TEST_HUB}::test_waits_grow_while_nothing_comes_and_start_anew_when_something_does"],
+        [f"{TEST_FETCH}::test_waits_grow_while_nothing_comes_and_start_anew_when_something_does"],
         "a large file over a poor line is given up although it comes",
     ),
     Mutation(
         FETCH,
         "best = max(best, held())",
         "best = held()",
-        [f"{TEST_HUB}::test_a_server_that_loses_and_wins_is_given_up"],
+        [f"{TEST_FETCH}::test_a_server_that_loses_and_wins_is_given_up"],
         "a server that always starts over is asked for ever",
     ),
     Mutation(
         FETCH,
         "LONGEST_WAIT_S))",
         "1e9))",
-        [f"{TEST_HUB}::test_retry_after_is_honoured_up_to_a_minute"],
+        [f"{TEST_FETCH}::test_retry_after_is_honoured_up_to_a_minute"],
         "a server can make the command wait for days",
     ),
     Mutation(

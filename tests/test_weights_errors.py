@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny, tiny_model
 
@@ -25,14 +26,6 @@ def folder(tmp_path) -> Path:
 def sharded(tmp_path) -> Path:
     save(tiny_model(tiny()), None, tmp_path / "s", shard_limit=20_000)
     return tmp_path / "s"
-
-
-def refused(folder: Path, *named: str, **options) -> None:
-    with pytest.raises(UserError) as caught:
-        load(folder, **options)
-    for text in named:
-        assert text in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def change(folder: Path, **settings) -> None:

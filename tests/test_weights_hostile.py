@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from safetensors.torch import load_file
 from tiny_model import tiny, tiny_model
 
@@ -23,14 +24,6 @@ from finback.weights.convert import verify
 def folder(tmp_path) -> Path:
     save(tiny_model(tiny()), None, tmp_path / "m")
     return tmp_path / "m"
-
-
-def refused(folder: Path, *named: str, **options) -> None:
-    with pytest.raises(UserError) as caught:
-        load(folder, **options)
-    for text in named:
-        assert text in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def parts(path: Path) -> tuple[dict, bytes]:
