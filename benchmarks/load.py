@@ -35,15 +35,14 @@ if side == "ours":
     base = status("VmHWM")
     start = time.perf_counter()
     model = finback.weights.load(path, **options)
-    weights = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
 else:
     from transformers import AutoModelForCausalLM
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
     base = status("VmHWM")
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    weights = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
 took = time.perf_counter() - start
+weights = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
 stacks = [t.nbytes for n, t in model.state_dict().items() if ".experts." in n]
 print(json.dumps({"seconds": took, "peak": status("VmHWM"), "base": base, "weights": sum(weights.values()),
                   "stack": max(stacks)}))

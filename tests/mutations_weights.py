@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         LAYOUT,
-        'twins += [(f"model.layers.{layer}.shared_head.head.weight", head)]',
+        'twins += [f"model.layers.{layer}.shared_head.head.weight" for layer in model.mtp]',
         "pass",
         [f"{TEST_FOLDER}::test_the_mtp_layer_repeats_embedding_and_head"],
         "the MTP layer lacks the head that other loaders read",

@@ -155,6 +155,7 @@ def _as_it_is(name_or_path: str) -> Iterator[Path]:
 @contextmanager
 def _unpickled(folder: Path) -> Iterator[Path]:
     """The folder once more, its weights as safetensors, for as long as it is needed."""
+    store.check_links(folder)
     with tempfile.TemporaryDirectory(prefix="finback-") as name:
         temporary = Path(name)
         files = [str(file) for file in _pickles(folder)]

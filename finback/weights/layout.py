@@ -66,13 +66,14 @@ def places(model: Model) -> Iterator[Place]:
 
 
 def copies(model: Model) -> Iterator[Place]:
-    """The copies of embedding and head that each MTP layer keeps, and a tied head's: allowed in a file, never read."""
-    embedding, head = model.decoder.embed_tokens.weight, model.decoder.lm_head.weight.dense()
-    twins = [(HEAD, head)] if model.config.tie_word_embeddings else []
-    for layer in model.mtp:
-        twins += [(f"model.layers.{layer}.embed_tokens.weight", embedding)]
-        twins += [(f"model.layers.{layer}.shared_head.head.weight", head)]
-    yield from (Place(name, {"": tensor.data}, tuple(tensor.shape)) for name, tensor in twins)
+    """The copies of embedding and head in each MTP layer, and a tied head's: allowed in a file, never loaded."""
+    embedding, head = model.decoder.embed_tokens.weight, model.decoder.lm_head.weight
+    twins = [HEAD] if model.config.tie_word_embeddings else []
+    twins += [f"model.layers.{layer}.shared_head.head.weight" for layer in model.mtp]
+    for name in (f"model.layers.{layer}.embed_tokens.weight" for layer in model.mtp):
+        yield Place(name, {"": embedding.data}, tuple(embedding.shape))
+    for name in twins:
+        yield Place(name, {"": head.dense().data}, tuple(head.shape))
 
 
 def is_kept(name: str) -> bool:

@@ -37,9 +37,9 @@ def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> None:
     """Write a packed model's tensors beside the checkpoint; where that cannot be, a warning says so."""
     try:
         with atomic_folder(_place(model, form, dtype)) as temporary:
-            parts = [(p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items()]
+            held = [(p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items()]
             # Small shards: each is copied on its way to disk, beside a model that may just fit.
-            store.write(temporary, parts, max(_SHARD, sum(tensor.nbytes for _, tensor in parts) // 256))
+            store.write(temporary, held, max(_SHARD, sum(tensor.nbytes for _, tensor in held) // 256))
             (temporary / _STAMP).write_text(json.dumps(_stamp(model)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{model}: the packed weights could not be kept ({error})", stacklevel=2)

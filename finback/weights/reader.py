@@ -179,9 +179,9 @@ def check(source: store.Source, model: Model) -> None:
     expected = {place.name: place for place in layout.places(model)}
     if missing := expected.keys() - names:
         raise UserError(f"{where}: the checkpoint lacks {_list(missing)}, which its config.json asks for")
-    scales = {place.name + FORMATS["fp8"].suffix: place for place in expected.values() if place.weight is not None}
+    scales = {place.name + FORMATS["fp8"].suffix for place in expected.values() if place.weight is not None}
     twins = {place.name: place for place in layout.copies(model) if place.name in names}
-    unexpected = names - expected.keys() - scales.keys() - twins.keys()
+    unexpected = names - expected.keys() - scales - twins.keys()
     if unexpected := {name for name in unexpected if not layout.IGNORED.search(name)}:
         raise UserError(f"{where}: the checkpoint holds {_list(unexpected)}, unknown to its config.json")
     for name, place in (expected | twins).items():

@@ -20,6 +20,8 @@ from finback.paths import MANIFEST, atomic_folder
 from finback.text.tokenizer import Tokenizer
 from finback.weights import layout, packs, store
 
+FP8 = {"fp8": Fp8(), "fp8-ue8m0": Fp8(power_of_two=True)}
+
 
 def save(
     model: Model,
@@ -59,9 +61,6 @@ def save(
                 _flush(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: the model could not be written ({error}); what was there is unchanged") from None
-
-
-FP8 = {"fp8": Fp8(), "fp8-ue8m0": Fp8(power_of_two=True)}
 
 
 class _Stored:
