@@ -287,7 +287,8 @@ def test_one_failure_stops_the_other_files(home, hub):
         for at in range(0, len(content), 100):
             handler.wfile.write(content[at : at + 100])
             handler.wfile.flush()
-            begun.set()
+            if at >= 2000:  # 0.2 s after the first bytes: they have been read
+                begun.set()
             threading.Event().wait(0.01)
 
     hub.faults |= {BIG: [trickle], "model-00002-of-00002.safetensors": [refuse]}
