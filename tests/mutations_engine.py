@@ -1,13 +1,12 @@
-"""Planted bugs of generation: the scheduler, the cache, the sampler, stop strings."""
+"""Planted bugs of generation: the scheduler, the cache, stop strings."""
 
 from mutations import Mutation
 
-CACHE, ENGINE, REQUEST, SAMPLING = "engine/cache.py", "engine/engine.py", "engine/request.py", "engine/sampling.py"
+CACHE, ENGINE, REQUEST = "engine/cache.py", "engine/engine.py", "engine/request.py"
 TEST_CACHE, TEST_GENERATE = "test_engine_cache.py", "test_engine_generate.py"
-TEST_REQUESTS, TEST_SAMPLING, TEST_GAP = "test_engine_requests.py", "test_engine_sampling.py", "test_engine_gap.py"
+TEST_REQUESTS, TEST_GAP = "test_engine_requests.py", "test_engine_gap.py"
 BATCH = f"{TEST_GENERATE}::test_any_batch_gives_what_each_request_gives_alone"
 GREEDY = f"{TEST_GENERATE}::test_greedy_is_the_argmax_of_the_uncached_forward"
-BRUTE = f"{TEST_SAMPLING}::test_distribution_equals_brute_force"
 
 MUTATIONS = [
     Mutation(
@@ -145,54 +144,5 @@ MUTATIONS = [
         "token_ids=self.ids[self.prompt_tokens : -1],",
         [f"{TEST_REQUESTS}::test_stop_ids_and_ignore_eos"],
         "the token that ended a completion is missing",
-    ),
-    Mutation(
-        SAMPLING,
-        "key = np.array([seed % _WORD, choice % _WORD], dtype=np.uint64)",
-        "key = np.array([(seed + choice) % _WORD, 0], dtype=np.uint64)",
-        [f"{TEST_SAMPLING}::test_noise_depends_on_every_part_of_the_key_and_on_nothing_else"],
-        "choice 1 of seed 4 repeats choice 0 of seed 5",
-    ),
-    Mutation(
-        SAMPLING,
-        "counter = np.array([0, position, 0, 0], dtype=np.uint64)",
-        "counter = np.array([position, 0, 0, 0], dtype=np.uint64)",
-        [f"{TEST_SAMPLING}::test_noise_depends_on_every_part_of_the_key_and_on_nothing_else"],
-        "a position reuses its neighbour's noise, shifted by four tokens",
-    ),
-    Mutation(
-        SAMPLING,
-        "return -np.log(-np.log(",
-        "return -np.log(1 - (",
-        [f"{TEST_SAMPLING}::test_noise_is_gumbel_distributed"],
-        "exponential noise instead of Gumbel",
-    ),
-    Mutation(
-        SAMPLING,
-        "before >= sampling.top_p",
-        "before + np.exp(log_probs[order[1:]]) >= sampling.top_p",
-        [BRUTE],
-        "top-p drops the token that reaches it",
-    ),
-    Mutation(
-        SAMPLING,
-        "        log_probs = log_softmax(log_probs)\n    return log_probs",
-        "    return log_probs",
-        [BRUTE],
-        "log-probabilities of a truncated distribution are not renormalised",
-    ),
-    Mutation(
-        SAMPLING,
-        'kind="stable")[sampling.top_k :]] = -np.inf',
-        'kind="stable")[sampling.top_k - 1 :]] = -np.inf',
-        [BRUTE],
-        "top-k keeps one too few",
-    ),
-    Mutation(
-        SAMPLING,
-        "if not np.isfinite(logits_V.max()):",
-        "if False:",
-        [f"{TEST_SAMPLING}::test_logits_that_are_not_finite_are_named"],
-        "broken weights babble",
     ),
 ]
