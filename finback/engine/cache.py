@@ -1,69 +1,105 @@
-"""The cache: per token and layer [normed latent | roped shared key], or [keys | values] of plain attention.
+"""The cache: per token and layer [normed latent | roped shared key], or [keys | values] of plain attention, in blocks.
 
-Source: DeepSeek-V2 technical report, 2.1. Contiguous: one row a sequence, the slot in a row is the token's position.
+Source: DeepSeek-V2 technical report, 2.1. A sequence's tokens lie in blocks of 16 anywhere in one pool (blocks.py says
+whose they are); its table of blocks says where. A block holds all layers of its tokens.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from finback.model.config import Config
+from finback.engine.blocks import BLOCK
+from finback.kernels.cache_format import CacheFormat, cache_format
+from finback.model import Config
+from finback.model.attention import Part
 
 
-class LatentCache:
-    """Entries of many sequences, [layer, row B, slot S, C] with C = config.cache_width.
+class PagedCache:
+    """`blocks` blocks of entries of `layers` layers, in a format of kernels/cache_format.py (None: as computed).
 
-    Exactly C x num_hidden_layers numbers a token. Rows (at most `max_rows`) and slots (at most the context) grow by
-    doubling as they are needed.
+    In the model's own dtype an entry takes exactly C = config.cache_width numbers in each layer. Memory is only
+    touched when it is first written.
     """
 
     def __init__(
-        self, config: Config, max_rows: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        config: Config,
+        layers: int,
+        blocks: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        form: str | None = None,
     ) -> None:
-        self.max_rows = max_rows
-        self.layers = config.num_hidden_layers
-        self.width = config.cache_width
-        self.context = config.max_position_embeddings
-        self.storage = torch.zeros(self.layers, 0, 0, self.width, dtype=dtype, device=device)
+        self.layers, self.blocks, self.dtype = layers, blocks, dtype
+        self.format = _format(config, form)
+        width = config.cache_width if self.format is None else self.format.width_bytes
+        kind = dtype if self.format is None else torch.uint8
+        shape = (layers, blocks + 1, BLOCK * width)
+        self.storage = _untouched(shape, kind) if str(device) == "cpu" else torch.zeros(shape, dtype=kind, device=device)
 
     @property
     def bytes_per_token(self) -> int:
-        return self.layers * self.width * self.storage.element_size()
+        return self.block_bytes // BLOCK
 
-    def reserve(self, rows: int, slots: int) -> None:
-        """Make room for `rows` rows of `slots` slots; what is written stays."""
-        assert rows <= self.max_rows and slots <= self.context, f"{rows} x {slots} of {self.max_rows} x {self.context}"
-        _, have_rows, have_slots, _ = self.storage.shape
-        if rows <= have_rows and slots <= have_slots:
-            return
-        rows = have_rows if rows <= have_rows else min(self.max_rows, max(rows, 2 * have_rows))
-        slots = have_slots if slots <= have_slots else min(self.context, max(slots, 2 * have_slots, 64))
-        # Zeros, not empty: a masked slot still meets a weight of 0, and 0 x NaN is NaN.
-        storage = self.storage.new_zeros(self.layers, rows, slots, self.width)
-        storage[:, :have_rows, :have_slots] = self.storage
-        self.storage = storage
+    @property
+    def block_bytes(self) -> int:
+        return self.layers * self.storage.shape[-1] * self.storage.element_size()
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` slots of row `source` over row `target`."""
-        self.storage[:, target, :length] = self.storage[:, source, :length]
+    def write(self, layer: int, slots_N: Tensor, entry_NC: Tensor) -> None:
+        """Store entries in slots (block x 16 + place in the block)."""
+        packed = entry_NC.to(self.dtype) if self.format is None else self.format.pack(entry_NC)
+        self.storage[layer].view(-1, packed.shape[-1]).index_copy_(0, slots_N, packed)
 
-    def window(self, first: int, positions_BT: Tensor, slots: int) -> "Window":
-        """What one forward pass over rows first .. first + B - 1 writes at `positions_BT` and reads, `slots` wide."""
-        self.reserve(first + positions_BT.shape[0], slots)
-        return Window(self.storage[:, first : first + positions_BT.shape[0], :slots], positions_BT)
+    def read(self, layer: int, tables_BM: Tensor) -> Tensor:
+        """The entries of rows of M blocks each, [B, 16 M, C]."""
+        rows, blocks = tables_BM.shape
+        held = self.storage[layer].index_select(0, tables_BM.flatten()).view(rows, blocks * BLOCK, -1)
+        return held if self.format is None else self.format.unpack(held, self.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make block `target` equal to block `source`."""
+        self.storage[:, target] = self.storage[:, source]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks: what is not finite would reach their next user, as 0 x NaN of a masked slot."""
+        self.storage[:, list(blocks)] = 0
+
+    def payload(self, block: int) -> Tensor:
+        """A block's bytes, copied: uint8 [block_bytes]."""
+        return self.storage[:, block].contiguous().flatten().view(torch.uint8).cpu()
+
+    def load(self, block: int, payload: Tensor) -> None:
+        """Fill a block with the bytes of `payload`."""
+        self.storage[:, block] = payload.view(self.storage.dtype).view(self.layers, -1).to(self.storage.device)
 
 
-class Window:
-    """The `Cache` that attention sees: neighbouring rows, with the positions of this pass."""
+class View:
+    """The `Cache` that attention sees in one pass: where its tokens go, and what each part reads."""
 
-    def __init__(self, storage_LBSC: Tensor, positions_BT: Tensor) -> None:
-        self._storage = storage_LBSC
-        self._positions = positions_BT
-        self._rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+    def __init__(self, cache: PagedCache, slots_N: Tensor, parts: Sequence[Part], tables: Sequence[Tensor]) -> None:
+        self.parts = parts
+        self._cache, self._slots_N = cache, slots_N
+        self._tables = {id(part): table_BM for part, table_BM in zip(parts, tables, strict=True)}
 
-    def write(self, layer: int, entry_BTC: Tensor) -> None:
-        """Store the entries of this pass's tokens of `layer` in their slots."""
-        self._storage[layer][self._rows, self._positions] = entry_BTC.to(self._storage.dtype)
+    def write(self, layer: int, entry_1NC: Tensor) -> None:
+        """Store the entries of this pass's tokens of `layer`."""
+        self._cache.write(layer, self._slots_N, entry_1NC[0])
 
-    def read(self, layer: int) -> Tensor:
-        """All slots of these rows [B, S, C]; the reader masks those after a token's own position."""
-        return self._storage[layer]
+    def read(self, layer: int, part: Part) -> Tensor:
+        """The first slots of the part's sequences, [B, S, C]."""
+        return self._cache.read(layer, self._tables[id(part)])[:, : part.slots]
+
+
+def _format(config: Config, form: str | None) -> CacheFormat | None:
+    if form is None:
+        return None
+    if config.kv_lora_rank is None:
+        return cache_format(form, config.cache_width, 0, min(config.query_dim, 128))
+    return cache_format(form, config.kv_lora_rank, config.cache_width - config.kv_lora_rank)
+
+
+def _untouched(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written: numpy asks the system for them, torch would write them."""
+    return torch.from_numpy(np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)

@@ -1,30 +1,40 @@
 """One request on its way through the engine, and the completion it becomes."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from finback.engine.sampling import Choice, Sampling, draw_seed
+from finback.engine.grammar import GrammarState
+from finback.engine.params import Sampling
+from finback.engine.sampling import Choice, History, Row, draw_seed
+from finback.engine.transcript import Transcript
 from finback.model import Routing
-from finback.text import ReasoningSplit, Tokenizer
+from finback.text import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True)
 class Completion:
     """What a request became.
 
-    index: which prompt of `generate` it answers. text, reasoning: answer and thinking; empty without a tokenizer.
+    index: which prompt of `generate` it answers; choice: which of its `n` completions. text, reasoning: answer and
+    thinking; empty without a tokenizer.
     token_ids: every new token, with the EOS or stop id that ended it. logprobs: of each of them, in the distribution it
     was drawn from (that of the model where greedy). top_logprobs: per token the likeliest (id, log-probability), if
     asked for.
-    finish_reason: "stop" (EOS, stop id, stop string), "length" (max_tokens or the context) or "cancelled".
-    prompt_tokens: length of the prompt in tokens, BOS included.
+    finish_reason: "stop" (EOS, stop id, stop string), "length" (max_tokens or the context), "cancelled", "deadline" or
+    "error" (`error` says which).
+    prompt_tokens: length of the prompt in tokens, BOS included; cached_tokens: how many of them were found in the
+    prefix cache. reasoning_tokens: those of token_ids that are thinking.
+    drafted, accepted: tokens that speculation proposed, and those of them that came.
     routing: by MoE layer the experts [T, K] of all tokens that were computed (all but the last), if asked for.
+    prompt_logprobs: of every prompt token but the first, given those before it. embedding: the hidden state [D] after
+    the prompt's last token. Both if asked for.
     """
 
     index: int
@@ -36,6 +46,14 @@ class Completion:
     prompt_tokens: int
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     routing: Routing | None = None
+    choice: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    error: str | None = None
+    prompt_logprobs: list[float] | None = None
+    embedding: Tensor | None = None
 
 
 class Delta(NamedTuple):
@@ -46,43 +64,30 @@ class Delta(NamedTuple):
     completion: Completion | None = None
 
 
-class Transcript:
-    """The text of a completion as its tokens arrive: thinking and answer, the answer ended by a stop string."""
+@dataclass(frozen=True)
+class Wishes:
+    """What a request may ask for beside its tokens: choice tells several completions of one seed apart, tenant whose
+    prefixes it may share, deadline_s after how long it ends; the rest: see `Completion`."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
-        self._split = ReasoningSplit(tokenizer, prompt_ids)
-        self._stop = stop
-        self._held = ""  # the end of the answer that may be the start of a stop string
-        self.reasoning: list[str] = []
-        self.text: list[str] = []
+    choice: int = 0
+    tenant: str = ""
+    deadline_s: float | None = None
+    routing: bool = False
+    prompt_logprobs: bool = False
+    embedding: bool = False
 
-    def push(self, token: int) -> bool:
-        """Add a token; True when the answer has reached a stop string, which is not part of it."""
-        return self._add(*self._split.push(token))
-
-    def close(self) -> None:
-        """No token comes any more: what was held back is text."""
-        if not self._add(*self._split.flush()):
-            self.text.append(self._held)
-
-    def _add(self, reasoning: str, answer: str) -> bool:
-        self.reasoning.append(reasoning)
-        answer = self._held + answer
-        found = [at for at in map(answer.find, self._stop) if at >= 0]
-        keep = min(found) if found else len(answer) - self._open(answer)
-        self.text.append(answer[:keep])
-        self._held = answer[keep:]
-        return bool(found)
-
-    def _open(self, answer: str) -> int:
-        """The length of the longest end of `answer` that begins a stop string."""
-        longest = min(len(answer), max(map(len, self._stop), default=1) - 1)
-        sizes = range(longest, 0, -1)
-        return next((n for n in sizes if any(s.startswith(answer[-n:]) for s in self._stop)), 0)
+    @property
+    def whole(self) -> bool:
+        """Whether the prompt must be computed even where its beginning is in the cache."""
+        return self.routing or self.prompt_logprobs or self.embedding
 
 
 class Request:
-    """A prompt, what was generated from it, and how much of both lies in the cache."""
+    """A prompt, what was generated from it, and how much of both lies in the cache.
+
+    ids: prompt and output; the first `cached` of them have their entries in `blocks`. drafts: tokens that may come
+    next. arrival: its place in the order of service.
+    """
 
     def __init__(
         self,
@@ -90,55 +95,102 @@ class Request:
         prompt: list[int],
         sampling: Sampling,
         limit: int,
-        choice: int,
-        routing: bool,
+        wishes: Wishes,
         tokenizer: Tokenizer | None,
+        grammar: GrammarState | None = None,
     ) -> None:
-        self.index, self.sampling, self.choice = index, sampling, choice
+        self.index, self.sampling, self.wishes, self.limit = index, sampling, wishes, limit
         self.seed = draw_seed() if sampling.seed is None else sampling.seed
-        self.ids = list(prompt)
-        self.prompt_tokens = len(prompt)
-        self.limit = limit
+        self.ids, self.prompt_tokens = list(prompt), len(prompt)
+        self.arrival = 0
+        self.deadline: float | None = None
         self.cached = 0
+        self.hits: int | None = None
+        self.blocks: list[int] = []
+        self.keys: list[bytes] = []  # of the blocks that are published
+        self.drafts: list[int] = []
+        self.drafted = self.accepted = self.draft_passes = 0
+        self.ngrams: dict[tuple[int, ...], int] = {}  # the end of each; speculate.py keeps it
+        self.indexed = 0
+        self.speculating = True
+        self.leader: Request | None = None  # whose prompt is the same and is computed first
+        self.followers: list[Request] = []  # that wait for it
+        self.suspect = False  # a pass with it failed: it runs alone until one succeeds
         self.choices: list[Choice] = []
-        self.routing: dict[int, list[Tensor]] | None = {} if routing else None
+        self.routing: dict[int, list[Tensor]] | None = {} if wishes.routing else None
+        self.prompt_logprobs: list[float] | None = [] if wishes.prompt_logprobs else None
+        self.embedding: Tensor | None = None
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
         assert isinstance(sampling.stop, tuple)
         self._transcript = None if tokenizer is None else Transcript(tokenizer, prompt, sampling.stop)
+        self._end_think = None if tokenizer is None else tokenizer.end_think_id
+        self._grammar = grammar
+        self._history = History(prompt) if sampling.penalised else None
         self._taken = (0, 0)
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def pending(self) -> int:
+        """Tokens that have no entries yet, drafts left out: 1 while it decodes."""
+        return len(self.ids) - self.cached
+
+    def sequence(self, start: int, count: int) -> list[int]:
+        """Tokens start .. start + count - 1, drafts included."""
+        return self.ids[start : start + count] + self.drafts[: max(0, start + count - len(self.ids))]
+
+    def row(self, vocab_size: int) -> Row:
+        """How its next token is chosen."""
+        mask = None
+        if self._thinks():
+            budget = self.sampling.thinking_tokens
+            if budget is not None and self._end_think is not None and self._thought() >= budget:
+                mask = np.zeros(vocab_size, dtype=bool)
+                mask[self._end_think] = True
+        elif self._grammar is not None:
+            mask = self._grammar.mask()
+        return Row(self.sampling, self.seed, self.wishes.choice, len(self.ids), self._history, mask)
+
     def accept(self, choice: Choice, eos_ids: Set[int | None]) -> None:
         """Append a chosen token and finish if it is the last."""
+        answering = not self._thinks()
         self.ids.append(choice.token)
         self.choices.append(choice)
+        if self._history is not None:
+            self._history.add(choice.token)
+        stopped = self._transcript is not None and self._transcript.push(choice.token)
         if (choice.token in eos_ids and not self.sampling.ignore_eos) or choice.token in self.sampling.stop_ids:
             self.finish("stop")
-        elif self._transcript is not None and self._transcript.push(choice.token):
+        elif stopped:
             self.finish_reason = "stop"
         elif len(self.choices) == self.limit:
             self.finish("length")
+        elif self._grammar is not None and answering:
+            self._grammar.accept(choice.token)
 
-    def finish(self, reason: FinishReason) -> None:
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the request here, with the text it has."""
-        self.finish_reason = reason
+        self.finish_reason, self.error = reason, error
         if self._transcript is not None:
             self._transcript.close()
 
-    def record(self, routing_NK: Routing, row: int, width: int, count: int) -> None:
-        """Keep the experts of this row's `count` real tokens out of those of a padded pass `width` tokens wide."""
+    def record(self, routing_NK: Routing, rows: slice) -> None:
+        """Keep the experts of its own tokens, `rows` of a pass."""
         if self.routing is not None:
             for layer, experts_NK in routing_NK.items():
-                self.routing.setdefault(layer, []).append(experts_NK[row * width : row * width + count])
+                self.routing.setdefault(layer, []).append(experts_NK[rows])
 
     def forget(self) -> None:
         """Nothing computed is left: the next pass starts at the first token."""
         self.cached = 0
+        self.blocks, self.keys, self.drafts = [], [], []
         if self.routing is not None:
             self.routing.clear()
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs.clear()
 
     def take(self) -> Delta:
         """The text that is new since the last call, and the completion once there is one."""
@@ -163,4 +215,18 @@ class Request:
             prompt_tokens=self.prompt_tokens,
             top_logprobs=[choice.top for choice in self.choices] if asked else [],
             routing=None if self.routing is None else {layer: torch.cat(r) for layer, r in self.routing.items()},
+            choice=self.wishes.choice,
+            cached_tokens=self.hits or 0,
+            reasoning_tokens=self._thought(),
+            drafted=self.drafted,
+            accepted=self.accepted,
+            error=self.error,
+            prompt_logprobs=self.prompt_logprobs,
+            embedding=self.embedding,
         )
+
+    def _thinks(self) -> bool:
+        return self._transcript is not None and self._transcript.thinking
+
+    def _thought(self) -> int:
+        return 0 if self._transcript is None else self._transcript.thought

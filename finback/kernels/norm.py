@@ -16,17 +16,26 @@ _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`; under autocast the result is already in the dtype the next product wants."""
-    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
+    dtype = compute_dtype(x)
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps)[0].to(dtype)
+    return _RMSNorm.apply(x, weight, eps, dtype)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed rows in their wide dtype, and 1 / rms of each."""
+    x_wide = wide(x)
+    inverse = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_()
+    inverse = inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x_wide * inverse).mul_(weight), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x_wide = wide(x)
-        inverse = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_()
-        inverse = inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x_wide * inverse).mul_(weight).to(dtype)
+        return normed.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

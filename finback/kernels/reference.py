@@ -35,13 +35,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Ten
     return torch.einsum("bhts,bshe->bthe", scores.softmax(-1).type_as(value), value)
 
 
-def latent_attention(query: Tensor, entry: Tensor, rank: int, scale: float, mask: Tensor) -> Tensor:
+def latent_attention(query: Tensor, entry: Tensor, rank: int, scale: float, mask: Tensor | None) -> Tensor:
     """Attention of every head on one shared stream: q [B, T, H, C], entries [B, S, C] to mixed latents [B, T, H, L].
 
-    The first `rank` numbers of an entry are the latent, which is also the value.
+    The first `rank` numbers of an entry are the latent, which is also the value. Without a mask all is seen.
     """
     scores = torch.einsum("bthc,bsc->bhts", query, entry.type_as(query)).float() * scale
-    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
     return torch.einsum("bhts,bsl->bthl", scores.softmax(-1).type_as(query), entry[..., :rank].type_as(query))
 
 

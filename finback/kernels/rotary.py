@@ -9,12 +9,19 @@ from finback.kernels.precision import wide_dtype
 from finback.kernels.tiles import tiles
 
 
+_SMALL = 1 << 16  # numbers that need no tiles
+
+
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """As `reference.rotate`."""
-    return _Rotate.apply(x, turn)
+    return _Rotate.apply(x, turn) if torch.is_grad_enabled() else _turned(x, turn)
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    if x.numel() <= _SMALL:
+        whole = x.to(wide_dtype(x), memory_format=torch.contiguous_format, copy=True)
+        torch.view_as_complex(whole.unflatten(-1, (-1, 2))).mul_(turn)
+        return whole.to(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x_N, out_N, turn_N = x.flatten(0, 1), out.flatten(0, 1), turn.flatten(0, 1)
     for rows in tiles(x_N):

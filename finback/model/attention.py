@@ -5,6 +5,7 @@ form expands them (training, prefill); the absorbed form moves the expansion int
 decoding reads only the latents. Both are the same function.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,14 +21,41 @@ from finback.model.rope import rotation, softmax_scale
 _EPS = 1e-6
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a flat pass that attend alike: `rows` sequences with `width` neighbouring new tokens each.
+
+    tokens: where they stand in the pass, rows x width of them: a range, or indices [rows · width].
+    mask_BTS: which of the `slots` cached positions a token sees; None where each row's new tokens are the last of
+    them, and either all (its sequence starts here: plain causal) or one.
+    """
+
+    tokens: slice | Tensor
+    rows: int
+    width: int
+    slots: int
+    mask_BTS: Tensor | None
+
+    def take(self, x_1NX: Tensor) -> Tensor:
+        """The part's tokens of [1, N, ...] as [rows, width, ...]."""
+        flat = x_1NX[0]
+        chosen = flat[self.tokens] if isinstance(self.tokens, slice) else flat.index_select(0, self.tokens)
+        return chosen.unflatten(0, (self.rows, self.width))
+
+
 class Cache(Protocol):
-    """Where attention writes what it must remember and reads it back. Slot s of a row holds position s."""
+    """Where attention writes what it must remember and reads it back; made for one pass over tokens [1, N].
 
-    def write(self, layer: int, entry_BTC: Tensor) -> None:
-        """Store the entries ([latent | roped key], or [keys | values]) of this call's tokens at their positions."""
+    The parts cover all tokens in order.
+    """
 
-    def read(self, layer: int) -> Tensor:
-        """Every slot up to the furthest position written, [B, S, C]; what lies past a row's end is never attended."""
+    parts: Sequence[Part]
+
+    def write(self, layer: int, entry_1NC: Tensor) -> None:
+        """Store the entries ([latent | roped key], or [keys | values]) of this pass's tokens."""
+
+    def read(self, layer: int, part: Part) -> Tensor:
+        """The first `part.slots` positions of the part's sequences, [B, S, C]; what a row lacks is masked."""
 
 
 @dataclass
@@ -35,7 +63,6 @@ class Context:
     """What every layer of one forward call shares."""
 
     turn: Tensor
-    positions_BT: Tensor
     mask_BTT: Tensor | None  # True where a token may look; None is plain causal
     cache: Cache | None
 
@@ -49,7 +76,22 @@ class Context:
             document = (positions_BT == 0).cumsum(-1)
             same = document.unsqueeze(-1) == document.unsqueeze(-2)
             mask = same.tril()
-        return cls(rotation(config, positions_BT), positions_BT, mask, cache)
+        return cls(rotation(config, positions_BT), mask, cache)
+
+    def attend(self, layer: int, entry: Tensor, attend: "Attend", *queries: Tensor) -> Tensor:
+        """`attend(entries, mask, *queries)` over whole rows; with a cache, over what it holds, part by part."""
+        if self.cache is None:
+            return attend(entry, self.mask_BTT, *queries)
+        self.cache.write(layer, entry)
+        mixed = []
+        for part in self.cache.parts:
+            fresh = part.mask_BTS is None and part.slots == part.width
+            entries = part.take(entry) if fresh else self.cache.read(layer, part)
+            mixed.append(attend(entries, part.mask_BTS, *(part.take(query) for query in queries)).flatten(0, 1))
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).unsqueeze(0)
+
+
+Attend = Callable[..., Tensor]
 
 
 class LatentAttention(nn.Module):
@@ -75,19 +117,14 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        q_nope, q_rope = self._query(x_BTD, context)
-        entry_BTC = self._entry(x_BTD, context)
-        mask = context.mask_BTT
-        length = x_BTD.shape[1]
-        if context.cache is not None:
-            context.cache.write(self.layer, entry_BTC)
-            entry_BTC = context.cache.read(self.layer)
-            slots = entry_BTC.shape[1]
-            if slots > length:  # as many slots as tokens: the rows start here, plain causal
-                mask = torch.arange(slots, device=x_BTD.device) <= context.positions_BT.unsqueeze(-1)
-                if length < self._break_even():
-                    return self.o_proj(self._absorbed(q_nope, q_rope, entry_BTC, mask))
-        return self.o_proj(self._naive(q_nope, q_rope, entry_BTC, mask))
+        query = self._query(x_BTD, context)
+        return self.o_proj(context.attend(self.layer, self._entry(x_BTD, context), self._attend, *query))
+
+    def _attend(self, entry_BSC: Tensor, mask: Tensor | None, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        new, held = q_nope.shape[1], entry_BSC.shape[1]
+        if new < held and new < self._break_even():
+            return self._absorbed(q_nope, q_rope, entry_BSC, mask)
+        return self._naive(q_nope, q_rope, entry_BSC, mask)
 
     def _query(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Per head [nope | rope]: two tensors [B, T, H, ·], the second turned to its positions."""
@@ -113,12 +150,14 @@ class LatentAttention(nn.Module):
         query = torch.cat((q_nope, q_rope), dim=-1)
         return dispatch.attention(query, key, value, self.scale, mask).flatten(-2)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask_BTS: Tensor) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         nope = self.config.qk_nope_head_dim
         weight_HXL = self.kv_b_proj.weight.dense().unflatten(0, (self.config.num_attention_heads, -1))
-        query = torch.cat((torch.einsum("bthn,hnl->bthl", q_nope, weight_HXL[:, :nope]), q_rope), dim=-1)
+        latent_HNL = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), weight_HXL[:, :nope])
+        query = torch.cat((latent_HNL.transpose(0, 1).unflatten(0, q_nope.shape[:2]), q_rope), dim=-1)
         mixed = dispatch.latent_attention(query, entry_BSC, self.rank, self.scale, mask_BTS)
-        return torch.einsum("bthl,hvl->bthv", mixed, weight_HXL[:, nope:]).flatten(-2)
+        value_HNV = torch.bmm(mixed.flatten(0, 1).transpose(0, 1), weight_HXL[:, nope:].transpose(1, 2))
+        return value_HNV.transpose(0, 1).flatten(1).unflatten(0, q_nope.shape[:2])
 
     def _break_even(self) -> float:
         """Fewer new tokens than this make the absorbed form the cheaper one (85 tokens for V3's 512, 128, 128 …)."""

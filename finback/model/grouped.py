@@ -31,17 +31,11 @@ class GroupedAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         query = self._turned(self.q_proj(x_BTD), context)
         entry_BTC = torch.cat((self._turned(self.k_proj(x_BTD), context).flatten(-2), self.v_proj(x_BTD)), dim=-1)
-        mask = context.mask_BTT
-        if context.cache is not None:
-            context.cache.write(self.layer, entry_BTC)
-            entry_BTC = context.cache.read(self.layer).type_as(x_BTD)
-            slots = entry_BTC.shape[1]
-            if slots > x_BTD.shape[1]:  # as many slots as tokens: the rows start here, plain causal
-                mask = torch.arange(slots, device=x_BTD.device) <= context.positions_BT.unsqueeze(-1)
-        key, value = (part.unflatten(-1, (self.config.kv_heads, -1)) for part in entry_BTC.chunk(2, dim=-1))
-        return self.o_proj(self._attend(query, key, value, mask))
+        return self.o_proj(context.attend(self.layer, entry_BTC, self._attend, query))
 
-    def _attend(self, query_BTHd: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, entry_BSC: Tensor, mask: Tensor | None, query_BTHd: Tensor) -> Tensor:
+        halves = entry_BSC.type_as(query_BTHd).chunk(2, dim=-1)
+        key, value = (half.unflatten(-1, (self.config.kv_heads, -1)) for half in halves)
         group = query_BTHd.shape[2] // key.shape[2]
         if mask is None:
             key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))

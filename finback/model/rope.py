@@ -6,6 +6,7 @@ scale, and both apply only to a model whose context was extended: `max_position_
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ def correction_range(scaling: RopeScaling, rope_dim: int, theta: float) -> tuple
     return max(low, 0), min(high, rope_dim - 1)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: it may be used in training later
 def inverse_frequencies(config: Config) -> Tensor:
     """Turn per position of each of the rope_dim / 2 pairs, in radians; float32 [rope_dim / 2]."""
     dim = config.rope_dim

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finback.kernels import dispatch
 from finback.kernels.quantise import Format
 
 Index = tuple[int, ...]
@@ -51,7 +52,7 @@ class DenseWeight(Weight):
         return self.value
 
     def linear(self, x: Tensor, expert: int | None = None) -> Tensor:
-        return F.linear(x, self.value if expert is None else self.value[expert])
+        return dispatch.linear(x, self.value if expert is None else self.value[expert])
 
     def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
         if len(self.shape) == 2:

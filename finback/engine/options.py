@@ -1,0 +1,88 @@
+"""How an engine is set up, and what its cache may take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finback import machine
+from finback.engine.blocks import BLOCK
+from finback.engine.scheduler import Cost
+from finback.engine.speculate import Speculation
+from finback.errors import UserError
+from finback.kernels.cache_format import CACHE_FORMATS
+from finback.model import Config
+from finback.model.sizes import flops_per_token
+
+_SHARE = 0.5  # of free memory, for the cache where nobody says how much
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of an engine. Raises UserError for a value that is not allowed.
+
+    cache_memory: bytes for the cache; None is what `max_batch` full contexts take, half of the free memory at most.
+    cache_format: None keeps entries as computed; "int8" and "fp8" take about half of bfloat16 (kernels/cache_format.py).
+    step_tokens: what a step may cost, in tokens: more computes long prompts faster, less makes others wait less.
+    prefix_cache: whether prompts that begin alike share what was computed; prefix_folder: also on disk, and across
+        restarts, in at most prefix_limit bytes.
+    speculate: "mtp" (the model's own module), "ngram" (repeated text), "auto" (mtp where the model has it, else ngram)
+        or "off". draft_tokens: guesses a step; None is 1 for mtp, 4 for ngram. adaptive: stop guessing for a request
+        when it does not pay.
+    max_queue, max_queue_tokens: requests and prompt tokens that may wait; `submit` refuses what is more.
+    batch_invariant: results equal bit for bit whatever else runs, and slower.
+    """
+
+    cache_memory: int | None = None
+    cache_format: str | None = None
+    step_tokens: int = 256
+    prefix_cache: bool = True
+    prefix_folder: Path | None = None
+    prefix_limit: int = 4 * 2**30
+    speculate: Speculation = "off"
+    draft_tokens: int | None = None
+    adaptive: bool = True
+    max_queue: int | None = None
+    max_queue_tokens: int | None = None
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("step_tokens", BLOCK), ("prefix_limit", 1)):
+            _at_least(name, getattr(self, name), least)
+        for name in ("cache_memory", "draft_tokens", "max_queue", "max_queue_tokens"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.speculate not in ("auto", "mtp", "ngram", "off"):
+            raise UserError(f"speculate is {self.speculate!r}; it must be auto, mtp, ngram or off")
+        if self.cache_format is not None and self.cache_format not in CACHE_FORMATS:
+            raise UserError(f"cache_format is {self.cache_format!r}; it must be one of {', '.join(CACHE_FORMATS)}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+
+
+def blocks_for(options: Options, block_bytes: int, max_batch: int, context: int) -> int:
+    """How many blocks the cache gets. Raises UserError where the memory given holds none."""
+    wanted = max_batch * (-(-context // BLOCK) + 1)  # one more: a shared block is copied before the other is let go
+    budget = options.cache_memory
+    if budget is None:
+        free = machine.memory_free()
+        budget = wanted * block_bytes if free is None else int(_SHARE * free)
+    if budget < 2 * block_bytes:
+        raise UserError(
+            f"cache_memory is {budget:,} bytes; a block of {BLOCK} tokens takes {block_bytes:,}, and 2 are needed"
+        )
+    return min(wanted, budget // block_bytes)
+
+
+def cost_of(config: Config) -> Cost:
+    """What attention costs beside the rest of the model, by its arithmetic."""
+    rest, heads = flops_per_token(config, 0), config.num_attention_heads * config.num_hidden_layers
+    if config.kv_lora_rank is None:
+        return Cost(near=2 * heads * 2 * config.query_dim / rest)
+    rank, expanded = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    return Cost(
+        near=2 * heads * (config.cache_width + rank) / rest,
+        expand=2 * heads * rank * expanded / rest,
+        far=2 * heads * (config.query_dim + config.v_head_dim) / rest,
+    )
