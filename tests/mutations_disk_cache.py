@@ -2,8 +2,8 @@
 
 from mutations import Mutation
 
-FORMAT = "kernels/cache_format.py"
-TEST_FORMAT = "test_kernels_cache_format.py"
+FORMAT, MARK = "kernels/cache_format.py", "engine/fingerprint.py"
+TEST_FORMAT, TEST_MARK = "test_kernels_cache_format.py", "test_engine_fingerprint.py"
 BOUND = f"{TEST_FORMAT}::test_error_is_bounded_number_by_number"
 ALONE = f"{TEST_FORMAT}::test_rows_stand_alone"
 
@@ -31,10 +31,10 @@ MUTATIONS = [
     ),
     Mutation(
         FORMAT,
-        ".clamp_(min=_TINY)",
-        "",
+        "_TINY = 1e-12",
+        "_TINY = 1e-6",
         [BOUND],
-        "a latent of zeros is stored as NaN",
+        "a latent of small numbers is stored as zero",
     ),
     Mutation(
         FORMAT,
@@ -63,5 +63,26 @@ MUTATIONS = [
         "rows_NB[: len(rows_NC[rows])], rows_NC[rows]",
         [ALONE],
         "a cache larger than one tile is the first tile over and over",
+    ),
+    Mutation(
+        MARK,
+        "table.sum(1).view(torch.uint8), ",
+        "",
+        [f"{TEST_MARK}::test_numbers_that_change_places_change_it"],
+        "rows of a matrix that change places leave the fingerprint as it was",
+    ),
+    Mutation(
+        MARK,
+        "parts = [raw[whole:]]",
+        "parts = [raw[:0]]",
+        [f"{TEST_MARK}::test_any_flipped_bit_changes_it"],
+        "norms and the ends of tensors are not in the fingerprint",
+    ),
+    Mutation(
+        MARK,
+        ", *model.named_buffers())",
+        ",)",
+        [f"{TEST_MARK}::test_every_parameter_and_buffer_counts"],
+        "quantised weights, which are buffers, are not in the fingerprint",
     ),
 ]
