@@ -2,8 +2,9 @@
 
 from mutations import Mutation
 
-FORMAT = "kernels/cache_format.py"
-TEST_FORMAT = "test_kernels_cache_format.py"
+FORMAT, MARK = "kernels/cache_format.py", "engine/fingerprint.py"
+TEST_FORMAT, TEST_MARK = "test_kernels_cache_format.py", "test_engine_fingerprint.py"
+DISK, TEST_DISK = "engine/disk_cache.py", "test_engine_disk_cache.py"
 BOUND = f"{TEST_FORMAT}::test_error_is_bounded_number_by_number"
 ALONE = f"{TEST_FORMAT}::test_rows_stand_alone"
 
@@ -31,10 +32,10 @@ MUTATIONS = [
     ),
     Mutation(
         FORMAT,
-        ".clamp_(min=_TINY)",
-        "",
+        "_TINY = 1e-12",
+        "_TINY = 1e-6",
         [BOUND],
-        "a latent of zeros is stored as NaN",
+        "a latent of small numbers is stored as zero",
     ),
     Mutation(
         FORMAT,
@@ -63,5 +64,173 @@ MUTATIONS = [
         "rows_NB[: len(rows_NC[rows])], rows_NC[rows]",
         [ALONE],
         "a cache larger than one tile is the first tile over and over",
+    ),
+    Mutation(
+        MARK,
+        "table.sum(1).view(torch.uint8), ",
+        "",
+        [f"{TEST_MARK}::test_numbers_that_change_places_change_it"],
+        "rows of a matrix that change places leave the fingerprint as it was",
+    ),
+    Mutation(
+        MARK,
+        "parts = [raw[whole:]]",
+        "parts = [raw[:0]]",
+        [f"{TEST_MARK}::test_any_flipped_bit_changes_it"],
+        "norms and the ends of tensors are not in the fingerprint",
+    ),
+    Mutation(
+        MARK,
+        ", *model.named_buffers())",
+        ",)",
+        [f"{TEST_MARK}::test_every_parameter_and_buffer_counts"],
+        "quantised weights, which are buffers, are not in the fingerprint",
+    ),
+    Mutation(
+        DISK,
+        "digest.update(payload)",
+        "pass",
+        [f"{TEST_DISK}::test_a_damaged_file_is_a_miss_and_removed"],
+        "a payload damaged on disk is read as cache",
+    ),
+    Mutation(
+        DISK,
+        "_HEADER.pack(_MAGIC, _VERSION, self._mark, key, self.block_bytes)",
+        "_HEADER.pack(_MAGIC, _VERSION, self._mark, bytes(32), self.block_bytes)",
+        [f"{TEST_DISK}::test_a_whole_block_under_another_name_or_model_is_foreign"],
+        "a block under another block's name is read as that one",
+    ),
+    Mutation(
+        DISK,
+        "_HEADER.pack(_MAGIC, _VERSION, self._mark,",
+        "_HEADER.pack(_MAGIC, _VERSION, bytes(32),",
+        [f"{TEST_DISK}::test_a_whole_block_under_another_name_or_model_is_foreign"],
+        "a block of another model is read as this one's",
+    ),
+    Mutation(
+        DISK,
+        "self._own = folder / self._mark.hex()",
+        'self._own = folder / ("0" * 64)',
+        [f"{TEST_DISK}::test_blocks_survive_a_restart_and_belong_to_their_model"],
+        "another model's blocks are found",
+    ),
+    Mutation(
+        DISK,
+        "            _touch(file)\n",
+        "",
+        [f"{TEST_DISK}::test_the_bound_holds_and_the_least_recently_used_goes_first"],
+        "blocks that are used all the time are the first to go",
+    ),
+    Mutation(
+        DISK,
+        " or _touch(self._own / key.hex()):",
+        " or key in self:",
+        [f"{TEST_DISK}::test_the_bound_holds_and_the_least_recently_used_goes_first"],
+        "a block that is computed again grows old all the same",
+    ),
+    Mutation(
+        DISK,
+        "files = sorted(_files(self.folder))",
+        "files = sorted(_files(self.folder), reverse=True)",
+        [f"{TEST_DISK}::test_the_bound_holds_and_the_least_recently_used_goes_first"],
+        "the blocks used last go first",
+    ),
+    Mutation(
+        DISK,
+        "goal = self.limit - self.limit // 16 if total + room > self.limit else self.limit",
+        "goal = self.limit + room",
+        [f"{TEST_DISK}::test_the_bound_holds_and_the_least_recently_used_goes_first"],
+        "the folder grows a block past its limit",
+    ),
+    Mutation(
+        DISK,
+        "for model in _models(folder):",
+        "for model in _models(folder)[:1]:",
+        [f"{TEST_DISK}::test_the_bound_holds_and_the_least_recently_used_goes_first"],
+        "the blocks of old models stay for ever and are not counted",
+    ),
+    Mutation(
+        DISK,
+        "self._waiting[key] = payload.clone()",
+        "self._waiting[key] = payload",
+        [f"{TEST_DISK}::test_blocks_survive_a_restart_and_belong_to_their_model"],
+        "the engine overwrites a block before it is written",
+    ),
+    Mutation(
+        DISK,
+        "return waiting.clone()",
+        "return waiting",
+        [f"{TEST_DISK}::test_what_is_read_may_be_changed"],
+        "a reader changes a block before it is written",
+    ),
+    Mutation(
+        DISK,
+        "self._todo.put_nowait(key)",
+        "self._todo.put(key)",
+        [f"{TEST_DISK}::test_a_full_queue_drops_and_never_blocks"],
+        "a slow disk stops the engine's steps",
+    ),
+    Mutation(
+        DISK,
+        "temporary, flags, 0o600",
+        "temporary, flags, 0o644",
+        [f"{TEST_DISK}::test_nobody_else_reads_them"],
+        "other users read what was said in conversations",
+    ),
+    Mutation(
+        DISK,
+        "os.mkdir(self._own, 0o700)",
+        "os.mkdir(self._own)",
+        [f"{TEST_DISK}::test_nobody_else_reads_them"],
+        "other users list the cache",
+    ),
+    Mutation(
+        DISK,
+        "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK",
+        "os.O_RDONLY | os.O_NONBLOCK",
+        [f"{TEST_DISK}::test_links_are_not_followed"],
+        "a link in the cache makes it read other files",
+    ),
+    Mutation(
+        DISK,
+        "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW",
+        "os.O_RDONLY | os.O_DIRECTORY",
+        [f"{TEST_DISK}::test_links_are_not_followed"],
+        "a link in the cache makes it write elsewhere",
+    ),
+    Mutation(
+        DISK,
+        " or info.st_mode & 0o022",
+        "",
+        [f"{TEST_DISK}::test_a_folder_that_others_may_write_to_is_not_trusted"],
+        "other users plant blocks",
+    ),
+    Mutation(
+        DISK,
+        "            os.unlink(key.hex(), dir_fd=parent)\n",
+        "",
+        [f"{TEST_DISK}::test_a_damaged_file_is_a_miss_and_removed"],
+        "a damaged block stays, and is never written again",
+    ),
+    Mutation(
+        DISK,
+        "            self._waiting.clear()  # the writer passes over keys that are not here\n",
+        "",
+        [f"{TEST_DISK}::test_erase_removes_blocks_and_nothing_else"],
+        "what waited to be written comes back after an erase",
+    ),
+    Mutation(
+        DISK,
+        "                with contextlib.suppress(OSError):\n                    os.unlink(temporary, dir_fd=parent)\n",
+        "",
+        [f"{TEST_DISK}::test_a_full_disk_drops_blocks_with_one_warning"],
+        "a full disk fills with halves of blocks",
+    ),
+    Mutation(
+        DISK,
+        "if crashed or (",
+        "if (",
+        [f"{TEST_DISK}::test_a_process_killed_while_it_writes_leaves_whole_blocks_and_no_rest"],
+        "what a crash leaves is never removed",
     ),
 ]

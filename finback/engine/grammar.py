@@ -1,13 +1,32 @@
-"""Grammars: a JSON schema or a regular expression that an answer must match, as masks over the vocabulary."""
+"""Grammars: a JSON schema or a regular expression that an answer must match, as masks over the vocabulary.
+
+llguidance (an extra, imported on first use) compiles them and says which tokens may come next.
+"""
 
 import json
+from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from finback.errors import UserError
+from finback.text import Tokenizer
 
 _MOST_BYTES = {"json_schema": 64 * 1024, "json_object": 0, "regex": 4 * 1024}
 _MOST_DEPTH = 32
+_KEPT = 32  # compiled grammars that an engine keeps
+# A fraction of llguidance's own bounds: what costs more would hold up the tokens of everybody else.
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 100_000,
+    "max_lexer_states": 25_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+# Between the parts of a JSON value; unbounded, a model can write spaces until its tokens are used up.
+_SPACE = r"[ \t\n\r]{0,40}"
 
 
 @dataclass(frozen=True)
@@ -52,3 +71,116 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return depth
+
+
+class Grammars:
+    """What one engine needs to constrain answers: its tokenizer as llguidance's, and the grammars compiled last."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Collection[int]) -> None:
+        """vocab_size: of the model's logits; ids that the tokenizer lacks never come.
+
+        Raises UserError without llguidance.
+        """
+        try:
+            import llguidance
+        except ImportError as error:
+            raise UserError("grammar: llguidance is not installed; pip install finback[grammar]") from error
+        self._llguidance = llguidance
+        self._eos_ids = np.array(sorted(eos_ids), dtype=np.int64)
+        self._special = np.array(sorted({*tokenizer.marks.values(), *eos_ids}), dtype=np.int64)
+        self._vocab_size = vocab_size
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, self._special.tolist()))
+        self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=self._eos_ids.tolist())
+        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+
+    def start(self, grammar: Grammar) -> "GrammarState":
+        """A fresh answer under `grammar`. Raises UserError with llguidance's reason if it does not compile."""
+        if grammar not in self._compiled:
+            state = GrammarState(self._compile(grammar), self._vocab_size, self._eos_ids, self._special)
+            state.probe()
+            self._compiled[grammar] = state
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return self._compiled[grammar].copy()
+
+    def _compile(self, grammar: Grammar) -> Any:
+        matcher = self._llguidance.LLMatcher
+        if grammar.kind == "regex":
+            text = matcher.grammar_from_regex(grammar.text)
+        else:
+            schema = grammar.text or '{"type": "object"}'
+            text = matcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _SPACE})
+        limits = self._llguidance.LLParserLimits(**_LIMITS)
+        return matcher(self._tokenizer, text, log_level=0, limits=limits)
+
+
+class GrammarState:
+    """How far one answer has come in its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int, eos_ids: np.ndarray, special: np.ndarray) -> None:
+        self._matcher, self._vocab_size, self._eos_ids, self._special = matcher, vocab_size, eos_ids, special
+        self._mask: np.ndarray | None = None
+        _check_matcher(matcher)
+
+    def mask(self) -> np.ndarray:
+        """The tokens [V] (bool, not to be written to) that may come next: EOS where the answer may end.
+
+        Raises UserError when the grammar costs too much here or has no way to go on.
+        """
+        if self._mask is None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
+            ends = self._matcher.is_accepting()
+            mask[self._special] = False
+            mask[self._eos_ids] = ends
+            if not mask.any():
+                _check_matcher(self._matcher)
+                raise UserError("grammar: no text matches it from here; a schema may refer to itself without an end")
+            mask.flags.writeable = False
+            self._mask = mask
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        """Go on by one token that `mask` allows. Raises UserError for one that it does not."""
+        if not self.mask()[token]:
+            raise UserError(f"grammar: token {token} cannot come here; choose one that the mask allows")
+        if token not in self._eos_ids:
+            self._matcher.consume_token(token)
+            _check_matcher(self._matcher)
+            self._mask = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return int(np.count_nonzero(self.mask())) == int(np.count_nonzero(self.mask()[self._eos_ids]))
+
+    def copy(self) -> "GrammarState":
+        """The same state, to go on from independently."""
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._eos_ids, self._special)
+
+    def probe(self) -> None:
+        """Take one step aside: a grammar that costs too much is refused before anything is generated."""
+        aside = self.copy()
+        if not aside.done:
+            aside.accept(int(np.flatnonzero(aside.mask())[-1]))
+            aside.mask()
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance asks for one."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, special_ids: list[int]) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
+        self.special_token_ids = special_ids
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._encode(text.decode("utf-8"))
+
+
+def _check_matcher(matcher: Any) -> None:
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+        raise UserError(f"grammar: llguidance refuses it: {reason}; mend or simplify it")

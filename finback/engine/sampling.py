@@ -23,7 +23,8 @@ from finback.errors import UserError
 _WORD = 2**64
 _TINY = np.finfo(np.float64).tiny
 _ADVANCE = 400  # numbers that the generator draws in the time it takes to jump to one of them
-_BLOCK = 2**17  # logits of greedy rows taken at once: their float64 copies stay in the cache
+_MANY = 2048  # tokens from which on a nucleus is found without ranking them
+_BLOCK = 2**15  # logits of greedy rows taken at once: their float64 copies stay in the cache
 
 
 def draw_seed() -> int:
@@ -196,15 +197,14 @@ def choose(
         logits = logits[ids]
     if not len(logits):
         raise UserError(f"no token is allowed at position {position}: the grammar has no way to go on")
+    kept, log_probs = _kept(logits, sampling)
+    ids = _at(ids, kept)
     if sampling.temperature == 0:
-        scaled = _scaled(logits, sampling)
-        log_probs, best = scaled - np.log(np.exp(scaled).sum()), int(logits.argmax())
+        best = int(logits.argmax())
     else:
-        kept, log_probs = _kept(logits, sampling)
-        ids = _at(ids, kept)
         noise = gumbel(seed, choice, position, len(logits_V)) if ids is None else gumbel_at(seed, choice, position, ids)
         best = int((log_probs + noise).argmax())
-    return _choice(best, log_probs, ids, sampling.logprobs)
+    return _choice(best, log_probs, 0.0, ids, sampling.logprobs)
 
 
 def choose_rows(logits_NV: torch.Tensor | np.ndarray, rows: Sequence[Row]) -> list[Choice | UserError]:
@@ -248,7 +248,7 @@ def _greedy(logits_NV: np.ndarray, rows: Sequence[Row]) -> list[Choice | UserErr
         except UserError as error:
             chosen.append(error)
         else:
-            chosen.append(_choice(int(best_N[n]), scaled_NV[n] - log_total_N[n], None, row.sampling.logprobs))
+            chosen.append(_choice(int(best_N[n]), scaled_NV[n], float(log_total_N[n]), None, row.sampling.logprobs))
     return chosen
 
 
@@ -260,12 +260,13 @@ def _check_finite(highest: float, position: int) -> None:
         )
 
 
-def _choice(best: int, log_probs: np.ndarray, ids: np.ndarray | None, count: int) -> Choice:
-    """The token at `best` and the `count` likeliest, of log-probabilities that belong to `ids` (None: to all)."""
-    top = _ranked(log_probs, count).tolist() if count else []
-    token = [int(i if ids is None else ids[i]) for i in (best, *top)]
-    likeliest = [(i, float(log_probs[at])) for i, at in zip(token[1:], top, strict=True) if log_probs[at] > -np.inf]
-    return Choice(token[0], float(log_probs[best]), tuple(likeliest))
+def _choice(best: int, scaled: np.ndarray, log_total: float, ids: np.ndarray | None, count: int) -> Choice:
+    """The token at `best` and the `count` likeliest; `scaled` - log_total: log-probabilities of `ids` (None: all)."""
+    top = _ranked(scaled, count).tolist() if count else []
+    token, *tokens = [at if ids is None else int(ids[at]) for at in (best, *top)]
+    log_probs = [float(scaled[at]) - log_total for at in top]
+    likeliest = ((i, p) for i, p in zip(tokens, log_probs, strict=True) if p > -math.inf)
+    return Choice(token, float(scaled[best]) - log_total, tuple(likeliest))
 
 
 def _kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
@@ -274,15 +275,16 @@ def _kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, np
     Every sum is over the same numbers in the same order as in `distribution`, so that the two agree to the last bit.
     """
     kept: np.ndarray | None = None
-    if 0 < sampling.top_k < len(logits):
+    drawn = sampling.temperature > 0
+    if drawn and 0 < sampling.top_k < len(logits):
         kept = np.sort(_ranked(logits, sampling.top_k))
         logits = logits[kept]
     scaled = _scaled(logits, sampling)
     weights = np.exp(scaled)
-    if sampling.top_p < 1:
+    if drawn and sampling.top_p < 1:
         inner = _nucleus(logits, scaled, weights, sampling.top_p)
         kept, scaled, weights = _at(kept, inner), scaled[inner], weights[inner]
-    if sampling.min_p > 0:
+    if drawn and sampling.min_p > 0:
         inner = np.flatnonzero(weights >= sampling.min_p)
         kept, scaled, weights = _at(kept, inner), scaled[inner], weights[inner]
     return kept, scaled - np.log(weights.sum())
@@ -306,9 +308,33 @@ def _nucleus(logits: np.ndarray, scaled: np.ndarray, weights: np.ndarray, top_p:
     total = weights.sum()
     # Tokens below this share have less than 1 - top_p together, so that the others reach top_p; save for rounding.
     near = np.flatnonzero(scaled >= math.log((1 - top_p) / len(scaled) * total))
+    if len(near) > _MANY and (kept := _flat_nucleus(near, logits, scaled, weights, top_p)) is not None:
+        return kept
     while True:
         ranked = near[np.argsort(-logits[near], kind="stable")]
         reached = np.cumsum(weights[ranked] / total)
         if len(near) == len(scaled) or reached[-1] >= top_p:
             return np.sort(ranked[: 1 + np.count_nonzero(reached[:-1] < top_p)])
         near = np.arange(len(scaled))
+
+
+def _flat_nucleus(
+    near: np.ndarray, logits: np.ndarray, scaled: np.ndarray, weights: np.ndarray, top_p: float
+) -> np.ndarray | None:
+    """The nucleus of many tokens by bins of likelihood, of which only the one at its edge is ranked.
+
+    None where sums in another order could decide otherwise.
+    """
+    total, depth = weights.sum(), -scaled[near]
+    bins = (depth * (_MANY / max(float(depth.max()), 1e-9))).astype(np.int32)
+    share = np.cumsum(np.bincount(bins, weights[near])) / total
+    edge_bin = int(np.searchsorted(share, top_p))
+    edge = np.flatnonzero(bins == edge_bin)
+    edge = edge[np.argsort(-logits[near[edge]], kind="stable")]
+    below = share[edge_bin - 1] if edge_bin else 0.0
+    reached = below + np.cumsum(np.concatenate([[0.0], weights[near[edge]]])) / total
+    if np.abs(reached - top_p).min() < 1e-9 or reached[-1] < top_p:
+        return None
+    inside = bins < edge_bin
+    inside[edge[: np.count_nonzero(reached[:-1] < top_p)]] = True
+    return near[inside]

@@ -183,13 +183,17 @@ class Tokenizer:
         """
         return b"".join(self._token(i, skip_special) for i in ids).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which need not be whole characters; of a mark its name, of an unknown id nothing."""
+        return self._bytes.get(token_id, b"")
+
     def stream(self, skip_special: bool = True) -> "TextStream":
         """A decoder that takes one id at a time."""
         return TextStream(self, skip_special)
 
     def _token(self, token_id: int, skip_special: bool) -> bytes:
         """The bytes of one token."""
-        return b"" if skip_special and token_id in self._special else self._bytes.get(token_id, b"")
+        return b"" if skip_special and token_id in self._special else self.token_bytes(token_id)
 
 
 class TextStream:
