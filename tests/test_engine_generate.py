@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny, tiny_model, tokens
 
-from finback.engine import Completion, Engine, Sampling
-from finback.engine import engine as engine_module
+from finback.engine import Completion, Engine, Options, Sampling
 
 CONFIG = tiny()
 # These weights amplify rounding to 2e-5 of log-probability; test_engine_gap.py holds the tight bound.
@@ -26,7 +25,8 @@ def model():
 
 def run(model, prompts, sampling, **options) -> list[Completion]:
     """Completions in the order of the prompts."""
-    done = list(Engine(model, max_batch=options.pop("max_batch", 16)).generate(prompts, sampling, **options))
+    engine = Engine(model, max_batch=options.pop("max_batch", 16), options=options.pop("engine", None))
+    done = list(engine.generate(prompts, sampling, **options))
     assert sorted(c.index for c in done) == list(range(len(prompts)))
     return sorted(done, key=lambda c: c.index)
 
@@ -92,10 +92,12 @@ def test_any_batch_gives_what_each_request_gives_alone(data):
         assert completion.logprobs == pytest.approx(alone.logprobs, abs=TOLERANCE)
 
 
-def test_prefill_in_several_passes_changes_nothing(model, monkeypatch):
-    whole = run(model, PROMPTS, GREEDY)
-    monkeypatch.setattr(engine_module, "_PREFILL_TOKENS", 20)
-    assert [c.token_ids for c in run(model, PROMPTS, GREEDY)] == [c.token_ids for c in whole]
+def test_prefill_in_chunks_changes_nothing(model):
+    prompts = [*PROMPTS, tokens(150, seed=1).tolist()]
+    whole = run(model, prompts, GREEDY, engine=Options(step_tokens=2000))
+    assert [c.token_ids for c in run(model, prompts, GREEDY, engine=Options(step_tokens=16))] == [
+        c.token_ids for c in whole
+    ]
 
 
 def test_seeds_and_choices_tell_requests_apart(model):
@@ -142,5 +144,5 @@ def test_bfloat16_keeps_its_cache_in_bfloat16():
     model = tiny_model(CONFIG).bfloat16()
     engine = Engine(model, max_batch=4)
     done = list(engine.generate(PROMPTS, Sampling(max_tokens=8, ignore_eos=True)))
-    assert engine.cache.storage.dtype == torch.bfloat16
+    assert engine.core.cache.storage.dtype == torch.bfloat16
     assert all(math.isfinite(p) for completion in done for p in completion.logprobs)

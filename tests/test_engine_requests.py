@@ -158,7 +158,7 @@ def test_rows_are_taken_in_order_and_freed_at_once():
     assert third.done
     assert engine.step() == [long]
     # Two requests were prefilled in one pass, then decoded in one pass.
-    assert engine.model.decoder.passes[:2] == [(2, 1), (2, 1)]
+    assert engine.model.decoder.passes[:2] == [(1, 2), (1, 2)]
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=7))

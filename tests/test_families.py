@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, VOCAB, theirs, unfused, write_theirs
+from paged import Sequence, advance, paged
 from published import PUBLISHED
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 
 from finback.engine import Engine, Sampling
-from finback.engine.cache import LatentCache
 from finback.errors import UserError
 from finback.model import Config, Model
 from finback.model.rope import inverse_frequencies, softmax_scale
@@ -97,7 +97,7 @@ def test_cache_numbers_per_token(name, per_layer):
     assert cache_numbers(config) == 3 * per_layer
     engine = Engine(tiny_model(config), max_batch=1)
     next(engine.generate([[2, 3]], Sampling(max_tokens=2, temperature=0, ignore_eos=True)))
-    assert engine.cache.storage.shape[-1] * engine.cache.layers == 3 * per_layer
+    assert engine.stats().bytes_per_token == 4 * 3 * per_layer
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -177,14 +177,13 @@ def test_a_cached_chunk_equals_the_whole(name):
     """Several new tokens at once behind a cached prefix, rows of different length."""
     model = tiny_model(Config.from_dict(FAMILIES[name]))
     ids, starts, width = IDS[:, :40], [13, 29], 11
-    cache = LatentCache(model.config, 2)
-    for row, start in enumerate(starts):
-        model.decoder(ids[row : row + 1, :start], cache=cache.window(row, torch.arange(start)[None], start))
-    positions = torch.tensor(starts)[:, None] + torch.arange(width)
-    hidden = model.decoder(ids.gather(1, positions), positions=positions, cache=cache.window(0, positions, 40))
+    cache, pool = paged(model.config)
+    rows = [Sequence(ids[row].tolist()) for row in range(2)]
+    advance(model, cache, pool, dict(zip(rows, starts, strict=True)))
+    hidden = advance(model, cache, pool, dict.fromkeys(rows, width))
     for row, start in enumerate(starts):
         whole = model(ids[row : row + 1, : start + width])[0, start:]
-        assert (model.decoder.logits(hidden[row]) - whole).abs().max() <= 1e-4
+        assert (model.decoder.logits(hidden[rows[row]]) - whole).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

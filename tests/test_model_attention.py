@@ -10,6 +10,7 @@ from tiny_model import tiny, tiny_model, tokens
 from torch import Tensor
 
 from finback.model import RopeScaling
+from finback.model.attention import Part
 
 LENGTH = 14
 CONFIG = tiny(num_nextn_predict_layers=1)
@@ -18,32 +19,38 @@ CONFIG = tiny(num_nextn_predict_layers=1)
 class DictCache:
     """The protocol by the letter: entries by (layer, row, position); unwritten slots hold what must never be seen."""
 
-    def __init__(self, positions_BT: Tensor) -> None:
+    def __init__(self) -> None:
         self.slots: dict[tuple[int, int, int], Tensor] = {}
-        self.positions_BT = positions_BT
 
-    def write(self, layer: int, entry_BTC: Tensor) -> None:
-        for row, positions in enumerate(self.positions_BT.tolist()):
-            for t, position in enumerate(positions):
-                self.slots[layer, row, position] = entry_BTC[row, t]
+    def hidden(self, model, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """One pass over the tokens of all rows in one flat row, [B, T, D]."""
+        rows, width = ids_BT.shape
+        self.places = [(row, place) for row, places in enumerate(positions_BT.tolist()) for place in places]
+        held = int(positions_BT.max()) + 1
+        fresh = held == width
+        mask_BTS = None if fresh else torch.arange(held) <= positions_BT.unsqueeze(-1)
+        self.parts = [Part(slice(0, rows * width), rows, width, held, mask_BTS)]
+        flat = model.decoder(ids_BT.reshape(1, -1), positions=positions_BT.reshape(1, -1), cache=self)
+        return flat.view(rows, width, -1)
 
-    def read(self, layer: int) -> Tensor:
-        keys = [key for key in self.slots if key[0] == layer]
-        rows, slots = max(row for _, row, _ in keys) + 1, max(slot for _, _, slot in keys) + 1
-        junk = torch.full_like(self.slots[keys[0]], 1e4)
+    def write(self, layer: int, entry_1NC: Tensor) -> None:
+        for (row, place), entry_C in zip(self.places, entry_1NC[0], strict=True):
+            self.slots[layer, row, place] = entry_C
+
+    def read(self, layer: int, part: Part) -> Tensor:
+        junk = torch.full_like(self.slots[layer, 0, 0], 1e4)
+        slots = range(part.slots)
         return torch.stack(
-            [torch.stack([self.slots.get((layer, r, s), junk) for s in range(slots)]) for r in range(rows)]
+            [torch.stack([self.slots.get((layer, r, s), junk) for s in slots]) for r in range(part.rows)]
         )
 
 
 def in_chunks(model, ids: Tensor, sizes: list[int]) -> Tensor:
     """Logits of rows fed in pieces through a cache."""
     every = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    cache, out = DictCache(every), []
-    for piece, positions in zip(ids.split(sizes, 1), every.split(sizes, 1), strict=True):
-        cache.positions_BT = positions
-        out.append(model.decoder.logits(model.decoder(piece, positions=positions, cache=cache)))
-    return torch.cat(out, dim=1)
+    cache = DictCache()
+    pieces = zip(ids.split(sizes, 1), every.split(sizes, 1), strict=True)
+    return torch.cat([model.decoder.logits(cache.hidden(model, *piece)) for piece in pieces], dim=1)
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +105,8 @@ def test_naive_and_absorbed_forms_agree(monkeypatch):
 def test_the_cache_holds_576_of_v3s_numbers_per_token_and_layer():
     """C = kv_lora_rank + qk_rope_head_dim, whatever the heads; the latent part is the normed one."""
     model = tiny_model(CONFIG)
-    cache = DictCache(torch.arange(4).expand(1, -1))
-    model.decoder(tokens(1, 4), cache=cache)
+    cache = DictCache()
+    cache.hidden(model, tokens(1, 4), torch.arange(4)[None])
     assert {len(entry) for entry in cache.slots.values()} == {CONFIG.kv_lora_rank + CONFIG.qk_rope_head_dim}
     assert len(cache.slots) == 4 * CONFIG.num_hidden_layers
     norm = model.decoder.layers["1"].self_attn.kv_a_layernorm.weight
@@ -112,11 +119,9 @@ def test_rows_of_different_lengths_share_a_batch():
     model = tiny_model(CONFIG)
     long, short = tokens(1, 10, seed=1), tokens(1, 5, seed=2)
     padded = torch.cat((short[:, :4], torch.zeros(1, 5, dtype=torch.long)), dim=1)
-    positions = torch.arange(9).expand(2, -1)
-    cache = DictCache(positions)
-    model.decoder(torch.cat((long[:, :9], padded)), positions=positions, cache=cache)
-    cache.positions_BT = positions = torch.tensor([[9], [4]])
-    hidden = model.decoder(torch.stack((long[0, 9:], short[0, 4:])), positions=positions, cache=cache)
+    cache = DictCache()
+    cache.hidden(model, torch.cat((long[:, :9], padded)), torch.arange(9).expand(2, -1))
+    hidden = cache.hidden(model, torch.stack((long[0, 9:], short[0, 4:])), torch.tensor([[9], [4]]))
     expected = torch.cat((model.decoder(long)[:, -1:], model.decoder(short)[:, -1:]))
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
 

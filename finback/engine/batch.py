@@ -64,7 +64,9 @@ def tile(cache: PagedCache, work: Work) -> Batch:
     part = Part(slice(0, BLOCK), 1, BLOCK, first + BLOCK, mask_BTS)
     table = torch.tensor([work.request.blocks[: first // BLOCK + 1]], device=device)
     view = View(cache, torch.tensor(slots, device=device), [part], [table])
-    return Batch([work], [slice(new.start, new.stop)], _row(ids, device), _row(range(first, first + BLOCK), device), view)
+    return Batch(
+        [work], [slice(new.start, new.stop)], _row(ids, device), _row(range(first, first + BLOCK), device), view
+    )
 
 
 def tiles(work: Work) -> list[Work]:

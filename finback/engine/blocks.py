@@ -15,7 +15,7 @@ def root_key(tenant: str) -> bytes:
 
 
 def child_key(key: bytes, ids: Sequence[int]) -> bytes:
-    """The key of a full block: SHA-256 of the one before it and its own ids, so it stands for all tokens up to its end."""
+    """The key of a full block: SHA-256 of the one before it and of its ids; it stands for all tokens up to its end."""
     return hashlib.sha256(key + array("q", ids).tobytes()).digest()
 
 

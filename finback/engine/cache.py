@@ -37,7 +37,9 @@ class PagedCache:
         width = config.cache_width if self.format is None else self.format.width_bytes
         kind = dtype if self.format is None else torch.uint8
         shape = (layers, blocks + 1, BLOCK * width)
-        self.storage = _untouched(shape, kind) if str(device) == "cpu" else torch.zeros(shape, dtype=kind, device=device)
+        self.storage = (
+            _untouched(shape, kind) if str(device) == "cpu" else torch.zeros(shape, dtype=kind, device=device)
+        )
 
     @property
     def bytes_per_token(self) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from finback.engine.blocks import BLOCK, BlockPool
 from finback.engine.cache import PagedCache
-from finback.engine.disk_cache import DiskCache, fingerprint
+from finback.engine.disk_cache import DiskCache
+from finback.engine.fingerprint import fingerprint
 from finback.engine.options import Options, blocks_for, cost_of
 from finback.engine.prefix import PrefixCache
 from finback.engine.request import FinishReason, Request
@@ -102,10 +103,8 @@ class Core:
             bytes_per_token=self.cache.bytes_per_token,
             preemptions=queue.preemptions,
             heartbeat_s=self.heartbeat.age_s,
-            retry_after_s=self.counters.retry_after(),
             expert_hit_rate=None if experts is None else experts.hit_rate,
             **self.counters.totals(),
-            **self.counters.rates(),
         )
 
     def _advance(self, works: list[Work]) -> list[Request]:
@@ -207,7 +206,9 @@ class Core:
     def _expire(self) -> list[Request]:
         """End the requests whose time is over."""
         now = time.monotonic()
-        late = [r for r in self.scheduler.waiting + self.scheduler.running if r.deadline is not None and r.deadline < now]
+        late = [
+            r for r in self.scheduler.waiting + self.scheduler.running if r.deadline is not None and r.deadline < now
+        ]
         for request in late:
             self.end(request, "deadline")
         return late

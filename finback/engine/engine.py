@@ -192,7 +192,7 @@ class Engine:
         if self.tokenizer is None:
             raise UserError("a grammar needs the tokenizer; give Engine(model, tokenizer)")
         if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.eos_ids)
+            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.tokenizer.eos_ids)
         return self._grammars
 
     def _ids(self, prompt: Prompt, think: bool) -> list[int]:

@@ -20,7 +20,7 @@ class Options:
     """Settings of an engine. Raises UserError for a value that is not allowed.
 
     cache_memory: bytes for the cache; None is what `max_batch` full contexts take, half of the free memory at most.
-    cache_format: None keeps entries as computed; "int8" and "fp8" take about half of bfloat16 (kernels/cache_format.py).
+    cache_format: None keeps entries as computed; "int8", "fp8": about half of bfloat16 (kernels/cache_format.py).
     step_tokens: what a step may cost, in tokens: more computes long prompts faster, less makes others wait less.
     prefix_cache: whether prompts that begin alike share what was computed; prefix_folder: also on disk, and across
         restarts, in at most prefix_limit bytes.

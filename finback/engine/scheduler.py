@@ -188,7 +188,7 @@ class Scheduler:
         self._enter(request)
 
     def _reserve(self, request: Request, count: int, force: bool = False) -> bool:
-        """Give a request blocks of its own for its next `count` tokens; `force` takes them from those who came later."""
+        """Give a request blocks of its own for its next `count` tokens; `force`: take those of later requests."""
         first, last = request.cached // BLOCK, (request.cached + count - 1) // BLOCK
         for index in range(first, last + 1):
             held = request.blocks[index] if index < len(request.blocks) else None

@@ -90,10 +90,11 @@ class Counters:
         self.failed += reason == "error"
 
     def totals(self) -> dict[str, Any]:
-        """The counters by name."""
-        return {name: value for name, value in vars(self).items() if not isinstance(value, deque)}
+        """The counters by name, and the rates."""
+        counted = {name: value for name, value in vars(self).items() if not isinstance(value, deque)}
+        return counted | self._rates() | {"retry_after_s": self.retry_after()}
 
-    def rates(self) -> dict[str, float]:
+    def _rates(self) -> dict[str, float]:
         """Median and 95th percentile of the step time, and new tokens a second."""
         if not self.recent:
             return {"step_s": 0.0, "step_p95_s": 0.0, "tokens_per_s": 0.0}

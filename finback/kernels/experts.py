@@ -33,7 +33,9 @@ def _few(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weight
     order = choices.argsort(stable=True)
     sizes = torch.bincount(choices, minlength=len(gate_up)).tolist()
     ends = list(accumulate(sizes))
-    groups = [(expert, slice(end - size, end)) for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)) if size]
+    groups = [
+        (expert, slice(end - size, end)) for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)) if size
+    ]
     rows = x_ND.index_select(0, order.div(chosen, rounding_mode="floor"))
     gate, up = torch.cat([linear(rows[span], gate_up[expert]) for expert, span in groups]).chunk(2, dim=-1)
     active = F.silu(gate).mul_(up)

@@ -1,4 +1,4 @@
-"""Absorbed latent attention of a few new tokens in two batched products: every head and token is a row of one matrix."""
+"""Absorbed latent attention of a few new tokens in two batched products: heads and tokens are rows of one matrix."""
 
 import torch
 from torch import Tensor

@@ -8,7 +8,6 @@ from torch import Tensor
 from finback.kernels.precision import wide_dtype
 from finback.kernels.tiles import tiles
 
-
 _SMALL = 1 << 16  # numbers that need no tiles
 
 
