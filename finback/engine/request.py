@@ -140,7 +140,8 @@ class Request:
 
     def sequence(self, start: int, count: int) -> list[int]:
         """Tokens start .. start + count - 1, drafts included."""
-        return self.ids[start : start + count] + self.drafts[: max(0, start + count - len(self.ids))]
+        known = len(self.ids)
+        return self.ids[start : start + count] + self.drafts[max(0, start - known) : max(0, start + count - known)]
 
     def row(self, vocab_size: int) -> Row:
         """How its next token is chosen."""

@@ -69,7 +69,7 @@ class Runner:
                 with _failing_alone(line.request):
                     rows.append(line.request.row(vocab_size))
                     asked.append(line)
-            picked = logits_NV[[line.first + number for line in asked]] if len(asked) < len(logits_NV) else logits_NV
+            picked = logits_NV[[line.first + number for line in asked]]
             turn = []
             for line, choice in zip(asked, choose_rows(picked, rows), strict=True):
                 request = line.request
