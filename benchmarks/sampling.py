@@ -1,11 +1,11 @@
-"""Sampling: the time to choose one token, fast and as specified, over vocabularies and shapes of the distribution.
+"""Sampling: the time to choose one token, before and after, over vocabularies and shapes of the distribution.
 
     python benchmarks/sampling.py --rounds 15 --out results/sampling
 
-`specified` ranks the vocabulary and draws noise for all of it (`distribution` + `gumbel`, the oracle of the tests);
-`choose` is what the engine runs; `rows` is `choose_rows` on 16 rows, per row. They run in turn, one after the other in
-every round, on logits that differ by round; every round checks that they chose the same token. "peaked" logits have a
-few tokens that hold nearly all probability, as a trained model's; "flat" ones are nearly uniform, an untrained one's.
+`before` ranks the vocabulary twice for top-p and draws noise for all of it, as the engine did until 0.1.0; `choose` is
+what it runs now; `rows` is `choose_rows` on 16 rows, per row. They run in turn in every round, on logits that differ by
+round, and must choose the same token. "peaked" logits have a few tokens that hold nearly all probability, as a trained
+model's; "flat" ones are nearly uniform, as an untrained one's.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from finback.engine import Sampling
-from finback.engine.sampling import Row, choose, choose_rows, distribution, gumbel
+from finback.engine.sampling import Row, choose, choose_rows
 
 SETTINGS = {
     "greedy": Sampling(temperature=0),
@@ -38,11 +38,26 @@ def logits(size: int, shape: str, seed: int) -> np.ndarray:
     return values
 
 
-def specified(values: np.ndarray, sampling: Sampling, position: int) -> int:
-    log_probs = distribution(values, sampling)
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    shifted = values.astype(np.float64) - values.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def before(values: np.ndarray, sampling: Sampling, position: int) -> int:
     if sampling.temperature == 0:
+        log_softmax(values)
         return int(values.argmax())
-    return int((log_probs + gumbel(0, 0, position, len(values))).argmax())
+    scaled = (values.astype(np.float64) - values.max()) / sampling.temperature
+    log_probs = log_softmax(scaled)
+    if sampling.top_p < 1:
+        order = np.argsort(-log_probs, kind="stable")
+        mass = np.cumsum(np.exp(log_probs[order]))[:-1]
+        log_probs[order[1:][mass >= sampling.top_p]] = -np.inf
+        log_probs = log_softmax(log_probs)
+    counter = np.array([0, position, 0, 0], dtype=np.uint64)
+    uniform = np.random.Generator(np.random.Philox(key=np.zeros(2, np.uint64), counter=counter)).random(len(values))
+    noise = -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
+    return int((log_probs + noise).argmax())
 
 
 def timed(call: Callable[[], object]) -> tuple[float, object]:
@@ -53,17 +68,17 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
 
 def measure(size: int, shape: str, name: str, rounds: int) -> dict:
     sampling = SETTINGS[name]
-    took: dict[str, list[float]] = {"specified": [], "choose": [], "rows": []}
+    took: dict[str, list[float]] = {"before": [], "choose": [], "rows": []}
     for number in range(rounds + 1):
         values = np.stack([logits(size, shape, BATCH * number + n) for n in range(BATCH)])
         rows = [Row(sampling, 0, 0, number) for _ in range(BATCH)]
-        spec_ms, wanted = timed(lambda values=values, n=number: specified(values[0], sampling, n))
+        before_ms, wanted = timed(lambda values=values, n=number: before(values[0], sampling, n))
         fast_ms, chosen = timed(lambda values=values, n=number: choose(values[0], sampling, 0, 0, n))
         rows_ms, all_chosen = timed(lambda values=values, rows=rows: choose_rows(values, rows))
         if not wanted == chosen.token == all_chosen[0].token:
-            raise SystemExit(f"{size} {shape} {name}: chose {chosen.token}, specified is {wanted}")
+            raise SystemExit(f"{size} {shape} {name}: chose {chosen.token}, before {wanted}")
         if number:  # the first warms the allocator
-            for key, value in (("specified", spec_ms), ("choose", fast_ms), ("rows", rows_ms / BATCH)):
+            for key, value in (("before", before_ms), ("choose", fast_ms), ("rows", rows_ms / BATCH)):
                 took[key].append(value)
     return {"vocabulary": size, "shape": shape, "sampling": name, "ms": took}
 
@@ -73,12 +88,12 @@ def spread(times: list[float]) -> str:
 
 
 def report(results: list[dict]) -> list[str]:
-    lines = ["| vocabulary | logits | sampling | specified, ms | choose, ms | rows, ms a row | specified / choose |"]
+    lines = ["| vocabulary | logits | sampling | before, ms | choose, ms | rows, ms a row | before / choose |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in results:
         ms = row["ms"]
-        ratio = statistics.median(a / b for a, b in zip(ms["specified"], ms["choose"], strict=True))
-        times = " | ".join(spread(ms[key]) for key in ("specified", "choose", "rows"))
+        ratio = statistics.median(a / b for a, b in zip(ms["before"], ms["choose"], strict=True))
+        times = " | ".join(spread(ms[key]) for key in ("before", "choose", "rows"))
         lines.append(f"| {row['vocabulary']:,} | {row['shape']} | {row['sampling']} | {times} | {ratio:.1f}x |")
     return lines
 
@@ -105,7 +120,7 @@ def main() -> None:
     title = f"# Sampling\n\n`python benchmarks/sampling.py --rounds {options.rounds} --out results/sampling`"
     note = (
         f"Medians (least – most) of {options.rounds} rounds, {processor()}, numpy {np.__version__}, one thread; "
-        "every choice equals the specified one."
+        "every choice equals the one before."
     )
     (options.out / "report.md").write_text("\n".join([title, "", note, "", *report(results)]) + "\n")
 

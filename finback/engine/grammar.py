@@ -182,5 +182,7 @@ class _Vocabulary:
 
 def _check_matcher(matcher: Any) -> None:
     if matcher.is_error():
-        reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
-        raise UserError(f"grammar: llguidance refuses it: {reason}; mend or simplify it")
+        lines = matcher.get_error().splitlines()
+        # Of a regex that does not parse, this line names the fault; the first repeats the regex.
+        reason = next((line for line in lines if line.startswith("error: ")), lines[0])
+        raise UserError(f"grammar: llguidance refuses it: {reason[:300]}; mend or simplify it")

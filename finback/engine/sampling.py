@@ -22,8 +22,8 @@ from finback.errors import UserError
 
 _WORD = 2**64
 _TINY = np.finfo(np.float64).tiny
-_ADVANCE = 400  # numbers that the generator draws in the time it takes to jump to one of them
-_MANY = 2048  # tokens from which on a nucleus is found without ranking them
+_ADVANCE = 320  # numbers that the generator draws in the time it takes to jump to one of them
+_MANY = 512  # tokens from which on a nucleus is found without ranking them
 _BLOCK = 2**15  # logits of greedy rows taken at once: their float64 copies stay in the cache
 
 
@@ -116,7 +116,8 @@ def distribution(
     scaled = _scaled(logits, sampling)
     weights = np.exp(scaled)
     if sampling.temperature > 0:
-        order = np.argsort(-logits, kind="stable")
+        if sampling.top_k or sampling.top_p < 1:
+            order = np.argsort(-logits, kind="stable")
         if sampling.top_k:
             kept[order[sampling.top_k :]] = False
         if sampling.top_p < 1:
