@@ -1,7 +1,8 @@
 """Routed experts that stay on disk: the hot ones in memory, bounded in bytes, the least recently used leaving first.
 
-Reading is `preadv` into the buffers of the expert that leaves: no page is mapped, so what the page cache keeps beside
-them can be dropped by the system at any time, and no memory is touched for the first time (`results/experts`).
+Reading is `preadv` into the buffers of the expert that leaves: a file cut off is an error, where a mapped one would end
+the process; pages of files stay the system's to drop; and memory is not given back only to be touched for the first
+time again, which can cost more than the reading (`results/experts`).
 """
 
 import os
