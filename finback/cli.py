@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from finback import __version__, cli_models, terminal
+from finback import __version__, cli_models, machine, terminal
 from finback.cli_models import Json
 from finback.errors import UserError
 from finback.paths import DEFAULT_MODEL
@@ -66,6 +66,13 @@ Quantize = Annotated[
     typer.Option(help="Pack the weights; kept beside the model for the next time. [default: as they are stored]"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Load even what memory seems too small for.")]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Leave the routed experts on disk, at most so much of them in memory: 4GiB. [default: all in memory]",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Difficulty = Annotated[int | None, typer.Option(help="1 is easiest. [default: the task's own]")]
 
@@ -93,6 +100,7 @@ def ask(
     dtype: Dtype = None,
     quantize: Quantize = None,
     force: Force = False,
+    expert_memory: ExpertMemory = None,
     json: Json = False,
 ) -> None:
     """Ask one question. The answer goes to stdout, the thinking to stderr.
@@ -102,26 +110,28 @@ def ask(
     text = sys.stdin.read().strip() if question == "-" else question
     if not text.strip():
         raise UserError("the question is empty; give it as text, or as - and send it to standard input")
-    options = {"dtype": dtype, "quantize": quantize, "force": force}
+    options = {"dtype": dtype, "quantize": quantize, "force": force, "expert_memory": expert_memory}
     engine, sampling = _open(model, max_tokens, temperature, seed, options)
     messages: list[Message] = [{"role": "user", "content": text}]
     stream = engine.stream(messages, sampling, think=think)
     if not json:
         if terminal.speak(stream).finish_reason == "length":
             terminal.note("(cut off: --max-tokens or the model's context is reached)")
+        terminal.note_experts(engine.model.expert_cache)
         return
     *_, last = stream
     done = last.completion
     assert done is not None, "the last piece of a stream carries its completion"
-    terminal.print_json(
-        {
-            "answer": done.text,
-            "reasoning": done.reasoning,
-            "finish_reason": done.finish_reason,
-            "prompt_tokens": done.prompt_tokens,
-            "completion_tokens": len(done.token_ids),
-        }
-    )
+    result: dict[str, Any] = {
+        "answer": done.text,
+        "reasoning": done.reasoning,
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": len(done.token_ids),
+    }
+    if engine.model.expert_cache is not None:
+        result["experts"] = engine.model.expert_cache.stats()
+    terminal.print_json(result)
 
 
 @app.command()
@@ -134,12 +144,13 @@ def chat(
     dtype: Dtype = None,
     quantize: Quantize = None,
     force: Force = False,
+    expert_memory: ExpertMemory = None,
 ) -> None:
     """Talk with a model. Standard input may be a pipe: each line is one turn.
 
     Example: finback chat --no-think
     """
-    options = {"dtype": dtype, "quantize": quantize, "force": force}
+    options = {"dtype": dtype, "quantize": quantize, "force": force, "expert_memory": expert_memory}
     engine, sampling = _open(model, max_tokens, temperature, seed, options)
     if sys.stdin.isatty():
         terminal.note(f"{model}, offline. /help lists the commands; Ctrl-D leaves.")
@@ -149,6 +160,7 @@ def chat(
         think,
         engine.context,
     )
+    terminal.note_experts(engine.model.expert_cache)
 
 
 @app.command()
@@ -223,6 +235,7 @@ def evaluate(
     dtype: Dtype = None,
     quantize: Quantize = None,
     force: Force = False,
+    expert_memory: ExpertMemory = None,
     out: Annotated[Path | None, typer.Option(help="Write every problem and reply there, JSON lines.")] = None,
     json: Json = False,
 ) -> None:
@@ -235,6 +248,7 @@ def evaluate(
 
     options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
     options |= {"dtype": dtype or default_dtype(model), "quantize": quantize, "force": force}
+    options["expert_memory"] = _bytes(expert_memory)
     result = measure(model, task, n, seed, records=out, **options)
     if json:
         terminal.print_json(result)
@@ -268,6 +282,10 @@ def doctor(json: Json = False) -> None:
         terminal.note(f"• {line}")
 
 
+def _bytes(expert_memory: str | None) -> int | None:
+    return None if expert_memory is None else machine.parse_bytes(expert_memory, "--expert-memory")
+
+
 def _open(
     model: str, max_tokens: int | None, temperature: float | None, seed: int, options: dict[str, Any]
 ) -> "tuple[Engine, Sampling]":
@@ -281,6 +299,7 @@ def _open(
         settings["temperature"] = temperature
     sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
     dtype = options.pop("dtype") or default_dtype(model)
+    options["expert_memory"] = _bytes(options["expert_memory"])
     context = _CONTEXT if max_tokens is None else max_tokens + _CONTEXT // 4
     return Engine(load(model, dtype, context=context, **options), load_tokenizer(model), max_batch=1), sampling
 

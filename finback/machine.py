@@ -1,7 +1,10 @@
 """What this machine has: memory, its limits, processors. From the system's own files, None where they do not tell."""
 
 import os
+import re
 from pathlib import Path
+
+from finback.errors import UserError
 
 _LIMITS = {
     "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
@@ -15,6 +18,15 @@ def read(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """A size as one writes it: 4GiB, 4G (the same), 4GB (a thousand for each step), 512MiB, 1.5e9. Else UserError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?) ?(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    if found is None:
+        raise UserError(f"{option} {text}: not a size; write it as 4GiB, 512MiB, 4GB or a number of bytes")
+    step = 1000 if found[3] == "b" else 1024
+    return int(float(found[1]) * step ** (" kmgt".index(found[2] or " ")))
 
 
 def cpus() -> int:

@@ -12,6 +12,7 @@ from finback.errors import UserError
 if TYPE_CHECKING:
     from finback.engine import Completion, Delta
     from finback.text import Message
+    from finback.weights.disk import HotExperts
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 # What a model writes must not move the cursor or change the terminal: control characters but newline and tab.
@@ -64,6 +65,13 @@ def size(value: int | None) -> str:
     if value is None:
         return "–"
     return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def note_experts(hot: "HotExperts | None") -> None:
+    """How often experts on disk were found in memory; nothing for a model that is in memory whole."""
+    if hot is not None:
+        read = f"{size(hot.bytes_read)} read in {hot.seconds_reading:.1f} s"
+        note(f"(experts in memory: {size(hot.resident_bytes)}, {hot.hit_rate:.0%} of {hot.uses:,} uses; {read})")
 
 
 def speak(stream: "Iterator[Delta]") -> "Completion":

@@ -120,9 +120,9 @@ MUTATIONS = [
         "verify passes changed files",
     ),
     Mutation(
-        READER,
-        'source.dtype(place.name) == place.tensors[""].dtype',
-        'source.dtype(place.name) == place.tensors[""].dtype and len(parts) == 1',
+        "weights/layout.py",
+        'source.dtype(self.name) == self.tensors[""].dtype',
+        'source.dtype(self.name) == self.tensors[""].dtype and len(parts) == 1',
         [f"{PACKED}::test_fp8_codes_are_never_rounded_again"],
         "FP8 codes are dequantised and rounded again",
     ),

@@ -92,7 +92,7 @@ class Core:
 
     def stats(self) -> Stats:
         """As `Engine.stats`."""
-        queue, experts = self.scheduler, getattr(self.model, "hot_experts", None)
+        queue, experts = self.scheduler, getattr(self.model, "expert_cache", None)
         return Stats(
             waiting=len(queue.waiting),
             running=len(queue.running),

@@ -42,14 +42,16 @@ def evaluate(
     dtype: str = "auto",
     quantize: str | None = None,
     force: bool = False,
+    expert_memory: int | None = None,
     records: Path | None = None,
 ) -> dict[str, Any]:
     """Greedy pass@1 on `n` held-out problems of each task (None: all), the same problems for the same seed.
 
-    `model`: a name or path, loaded here as `dtype` and `quantize` say with `batch` rows, or an engine (then `name` is
-    what the result calls it). `max_tokens`: at most so many new tokens, as far as the context has room (None: all).
-    Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals; `records`
-    gets one JSON line a problem. Raises UserError for an unknown task, n < 1, or a model without a tokenizer.
+    `model`: a name or path, loaded here as `dtype`, `quantize` and `expert_memory` say, with `batch` rows, or an engine
+    (then `name` is what the result calls it). `max_tokens`: at most so many new tokens, as far as the context has room
+    (None: all). Returns {"model", "seed", "tasks": {NAME: {"n", "pass@1", "low", "high"}}} with 95 % Wilson intervals,
+    and "experts" where they stay on disk (`HotExperts.stats`); `records` gets one JSON line a problem. Raises UserError
+    for an unknown task, n < 1, or a model without a tokenizer.
     """
     if records is not None:
         check_writable(records)  # before the work, not after it
@@ -60,18 +62,14 @@ def evaluate(
     if isinstance(model, Engine):
         engine, label = model, name or "model"
     else:
-        engine, label = (
-            Engine(load(model, dtype, quantize=quantize, force=force), load_tokenizer(model), max_batch=batch),
-            name or model,
-        )
+        loaded = load(model, dtype, quantize=quantize, force=force, expert_memory=expert_memory)
+        engine, label = Engine(loaded, load_tokenizer(model), max_batch=batch), name or model
     graded = _grade(engine, problems, think, max_tokens)
     if records is not None:
         _write(records, graded)
-    return {
-        "model": label,
-        "seed": seed,
-        "tasks": {task: _score([g for g in graded if g[0].task == task]) for task in names},
-    }
+    scores = {task: _score([g for g in graded if g[0].task == task]) for task in names}
+    hot = engine.model.expert_cache
+    return {"model": label, "seed": seed, "tasks": scores} | ({} if hot is None else {"experts": hot.stats()})
 
 
 def _grade(engine: Engine, problems: Sequence[Problem], think: bool, max_tokens: int | None) -> list[Graded]:

@@ -5,7 +5,7 @@ from finback.kernels.cross_entropy import cross_entropy
 from finback.kernels.latent import latent_attention
 from finback.kernels.linear import linear
 from finback.kernels.norm import rms_norm
-from finback.kernels.order import expert_ffn, expert_loop, fixed_order
+from finback.kernels.order import expert_ffn, expert_loop, expert_stream, fixed_order
 from finback.kernels.rotary import rotate
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "cross_entropy",
     "expert_ffn",
     "expert_loop",
+    "expert_stream",
     "fixed_order",
     "latent_attention",
     "linear",

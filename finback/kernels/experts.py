@@ -3,7 +3,7 @@
 The gradient of a token's weight comes from the activation's gradient, so that the outputs need not be kept.
 """
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from finback.kernels.linear import linear
 from finback.kernels.precision import compute_dtype
+from finback.kernels.reference import Product
 
-_FEW = 4  # choices per expert up to which a loop over the chosen ones is faster than torch's grouped product
 _STEP = 128  # rows: at most 3 % more of them at 16,384 choices of 8 experts
 
 _silu_backward = torch.ops.aten.silu_backward.default
@@ -22,25 +22,33 @@ _silu_backward = torch.ops.aten.silu_backward.default
 def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """As `reference.expert_ffn`."""
     dtype = compute_dtype(x_ND)
-    if not torch.is_grad_enabled() and x_ND.device.type == "cpu" and experts_NK.numel() <= _FEW * len(gate_up):
-        return _few(x_ND.to(dtype), gate_up.to(dtype), down.to(dtype), experts_NK, weights_NK.to(dtype))
+    if not torch.is_grad_enabled() and x_ND.device.type == "cpu":
+        return expert_stream(x_ND, _product(gate_up), _product(down), len(gate_up), experts_NK, weights_NK)
     return _ExpertFFN.apply(x_ND.to(dtype), gate_up.to(dtype), down.to(dtype), experts_NK, weights_NK.to(dtype))
 
 
-def _few(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """The same for few tokens: a product for every expert that was chosen, none for the others."""
-    choices, chosen = experts_NK.flatten(), experts_NK.shape[1]
-    order = choices.argsort(stable=True)
-    sizes = torch.bincount(choices, minlength=len(gate_up)).tolist()
-    ends = list(accumulate(sizes))
-    groups = [
-        (expert, slice(end - size, end)) for expert, (size, end) in enumerate(zip(sizes, ends, strict=True)) if size
-    ]
-    rows = x_ND.index_select(0, order.div(chosen, rounding_mode="floor"))
-    gate, up = torch.cat([linear(rows[span], gate_up[expert]) for expert, span in groups]).chunk(2, dim=-1)
-    active = F.silu(gate).mul_(up)
-    result = torch.cat([linear(active[span], down[expert]) for expert, span in groups])
-    return F.embedding_bag(order.argsort().view_as(experts_NK), result, per_sample_weights=weights_NK, mode="sum")
+def _product(stack: Tensor) -> Product:
+    return lambda x, expert: linear(x, stack[expert].to(x.dtype))
+
+
+def expert_stream(
+    x_ND: Tensor, gate_up: Product, down: Product, n_experts: int, experts_NK: Tensor, weights_NK: Tensor
+) -> Tensor:
+    """As `expert_ffn`, a product for every expert that was chosen: no stack need be in memory. Without gradients."""
+    x_ND = x_ND.to(compute_dtype(x_ND))
+    place, source, ends = _deal(experts_NK, n_experts)
+    rows_MD = x_ND.index_select(0, source)
+    active: Tensor | None = None
+    result = torch.empty_like(rows_MD)
+    for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        if start < end:
+            gate, up = gate_up(rows_MD[start:end], expert).chunk(2, dim=-1)
+            if active is None:  # one buffer, so that rows lie as they do in `expert_ffn`: alignment changes sums
+                active = gate.new_empty(len(source), gate.shape[-1])
+            torch.mul(F.silu(gate), up, out=active[start:end])
+            result[start:end] = down(active[start:end], expert)
+    weights_NK = weights_NK.to(result.dtype)
+    return F.embedding_bag(place.view_as(experts_NK), result, per_sample_weights=weights_NK, mode="sum")
 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -68,15 +76,17 @@ def _deal(experts_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     choices = experts_NK.flatten()
     sizes = torch.bincount(choices, minlength=n_experts)
     order = choices.argsort(stable=True)
-    starts = sizes.cumsum(0) - sizes
-    filled = (
-        sizes if len(choices) < _STEP * n_experts else (sizes + _STEP - 1).div(_STEP, rounding_mode="floor") * _STEP
-    )
+    token = order.div(experts_NK.shape[1], rounding_mode="floor")
+    ends = sizes.cumsum(0)
+    if len(choices) < _STEP * n_experts:
+        return order.argsort(), token, ends.int()
+    starts = ends - sizes
+    filled = (sizes + _STEP - 1).div(_STEP, rounding_mode="floor") * _STEP
     ends = filled.cumsum(0)
     rank = torch.arange(len(choices), device=choices.device)
     row = rank + (ends - filled - starts).index_select(0, choices.index_select(0, order))
     place = torch.empty_like(order).scatter_(0, order, row)
-    source = order.new_zeros(int(ends[-1])).scatter_(0, row, order.div(experts_NK.shape[1], rounding_mode="floor"))
+    source = order.new_zeros(int(ends[-1])).scatter_(0, row, token)
     return place, source, ends.int()
 
 

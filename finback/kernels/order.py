@@ -45,6 +45,15 @@ def expert_loop(x_ND: Tensor, gate_up: Product, down: Product, experts_NK: Tenso
     return loop(x_ND, gate_up, down, experts_NK, weights_NK)
 
 
+def expert_stream(
+    x_ND: Tensor, gate_up: Product, down: Product, n_experts: int, experts_NK: Tensor, weights_NK: Tensor
+) -> Tensor:
+    """As `reference.expert_ffn`, its products given as functions of (rows, expert)."""
+    if _fixed:
+        return _all_rows(x_ND, gate_up, down, experts_NK, weights_NK)
+    return experts.expert_stream(x_ND, gate_up, down, n_experts, experts_NK, weights_NK)
+
+
 def _all_rows(x_ND: Tensor, gate_up: Product, down: Product, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     out_ND = torch.zeros_like(x_ND)
     for expert in experts_NK.unique().tolist():

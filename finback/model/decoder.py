@@ -1,6 +1,7 @@
 """The model: a decoder, its head, and the modules that predict further tokens."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.expert_cache: Any = None  # the weights room's HotExperts, where routed experts stay on disk
         self.decoder = Decoder(config)
         first = config.num_hidden_layers
         extra = range(first, first + config.num_nextn_predict_layers)

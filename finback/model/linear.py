@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finback.kernels import dispatch
-from finback.model.weight import DenseWeight, PackedWeight, Weight
+from finback.model.weight import DenseWeight, Weight
 
 
 class Linear(nn.Module):
@@ -31,9 +31,12 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Sum over k of weights[n, k] · expert(experts[n, k])(x[n]); returns [N, D]."""
-        if isinstance(self.gate_up, PackedWeight) or isinstance(self.down, PackedWeight):
-            return dispatch.expert_loop(x_ND, self.gate_up.linear, self.down.linear, experts_NK, weights_NK)
-        return dispatch.expert_ffn(x_ND, self.gate_up.dense(), self.down.dense(), experts_NK, weights_NK)
+        gate_up, down = self.gate_up, self.down
+        if gate_up.form is not None or down.form is not None:
+            return dispatch.expert_loop(x_ND, gate_up.linear, down.linear, experts_NK, weights_NK)
+        if isinstance(gate_up, DenseWeight) and isinstance(down, DenseWeight):
+            return dispatch.expert_ffn(x_ND, gate_up.value, down.value, experts_NK, weights_NK)
+        return dispatch.expert_stream(x_ND, gate_up.linear, down.linear, gate_up.shape[0], experts_NK, weights_NK)
 
 
 class MLP(nn.Module):

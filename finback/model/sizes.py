@@ -96,16 +96,22 @@ class Memory:
 _PACKED = {"fp8": 1 + 4 / 128**2, "int8": 1 + 4 / 1024, "int4": 0.5 + 2 / 32}
 
 
-def memory(config: Config, dtype_bytes: int, form: str | None, context: int) -> Memory:
+def memory(
+    config: Config, dtype_bytes: int, form: str | None, context: int, expert_memory: int | None = None
+) -> Memory:
     """What a model takes in memory, all its MTP modules included, with matrices in `form` ("fp8", "int8", "int4").
 
-    The margin is 0.3 GiB and 5 % of the weights.
+    `expert_memory`: the most bytes that routed experts take, the others on disk. The margin is 0.3 GiB and 5 % of the
+    weights.
     """
     count, tied = sizes(config), config.tie_word_embeddings
     matrices = count.attention + count.dense_mlp + count.routed_experts + count.shared_experts + count.mtp
     packed = _PACKED.get(form or "", dtype_bytes)
     head = dtype_bytes if form in (None, "fp8") or tied else _PACKED["int8"]
     weights = matrices * packed + (count.embedding + count.norms) * dtype_bytes + count.head * head + count.router * 4
+    if expert_memory is not None:
+        experts = (count.routed_experts + _mtp_experts(config)) * packed
+        weights -= max(experts - expert_memory, 0)
     cache = cache_numbers(config, mtp=True) * min(context, config.max_position_embeddings) * dtype_bytes
     return Memory(int(weights), cache, int(0.3 * 2**30 + 0.05 * weights))
 
@@ -127,6 +133,12 @@ def flops_per_token(config: Config, context: int) -> int:
 def _norms(config: Config) -> int:
     """Norm weights of one layer: before attention, before the feed-forward, and on the latents."""
     return 2 * config.hidden_size + (config.kv_lora_rank or 0) + (config.q_lora_rank or 0)
+
+
+def _mtp_experts(config: Config) -> int:
+    """Parameters of the MTP modules' routed experts."""
+    layers = sum(config.is_moe(config.num_hidden_layers + k) for k in range(config.num_nextn_predict_layers))
+    return layers * config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def _mtp(config: Config, layer: int) -> int:

@@ -17,11 +17,14 @@ Index = tuple[int, ...]
 class Weight(nn.Module, ABC):
     """A matrix [out, in], or a stack [E, parts · out, in] of them, in some storage form.
 
-    `parts` matrices (an expert's gate and up) lie one below the other in the same rows.
+    `parts` matrices (an expert's gate and up) lie one below the other in the same rows. Where it is packed, `form` says
+    how, and `dtype` what it stands for.
     """
 
     shape: tuple[int, ...]
     parts: int
+    form: Format | None = None
+    dtype: torch.dtype
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -71,6 +74,7 @@ class DenseWeight(Weight):
 class PackedWeight(Weight):
     """Codes and scales of `form`; products dequantise a panel of rows at a time, so no dense copy ever stands."""
 
+    form: Format
     codes: Tensor
     scale: Tensor
 

@@ -4,13 +4,14 @@ Source: DeepSeek-V3 `README_WEIGHTS.md`, `inference/convert.py`; transformers' m
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from finback.model.decoder import Model
-from finback.model.weight import Index, PackedWeight, Weight
+from finback.model.weight import Index, Weight
+from finback.weights import store
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -35,10 +36,22 @@ class Place:
 
     def values(self) -> Tensor:
         """The tensor itself, what is packed dequantised."""
-        if isinstance(self.weight, PackedWeight):
+        if self.weight is not None and self.weight.form is not None:
             codes, scale = self.tensors.values()
             return self.weight.form.dequantise(codes, scale, self.shape[-1], self.weight.dtype)
         return self.tensors[""]
+
+    def read(self, source: store.Source, names: Set[str]) -> int:
+        """Fill it from `source`, which holds `names`; returns its bytes."""
+        parts = {self.name + suffix: tensor for suffix, tensor in self.tensors.items()}
+        # Numbers, or codes with their scales, as they are to be held; else floats, to be rounded or packed.
+        if parts.keys() <= names and source.dtype(self.name) == self.tensors[""].dtype:
+            for part, tensor in parts.items():
+                source.into(part, tensor)
+        else:
+            for start, values in source.panels(self.name):
+                self.fill(start, values)
+        return sum(tensor.nbytes for tensor in parts.values())
 
     def fill(self, start: int, values: Tensor) -> None:
         """Store rows start .. start + len(values) - 1 of it, given as floats."""
@@ -58,7 +71,7 @@ def places(model: Model) -> Iterator[Place]:
     for path, module in model.named_modules():
         if isinstance(module, Weight):
             if not (model.config.tie_word_embeddings and _disk_name(path) == HEAD):
-                yield from _matrices(path, module)
+                yield from matrices(path, module)
             continue
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if (full := f"{path}.{name}") in kept:
@@ -86,11 +99,12 @@ def has_layer(names: set[str], layer: int) -> bool:
     return any(name.startswith(f"model.layers.{layer}.") for name in names)
 
 
-def _matrices(path: str, weight: Weight) -> Iterator[Place]:
+def matrices(path: str, weight: Weight, first: int = 0) -> Iterator[Place]:
+    """The matrices of the module at `path`; `weight` may hold a part of its stack, from expert `first` on."""
     shape = (weight.shape[-2] // weight.parts, weight.shape[-1])
     prefix, _, stack = path.rpartition(".")
     for index, tensors in weight.pieces():
-        name = f"{prefix}.{index[0]}.{_STACKS[stack][index[1]]}_proj.weight" if index else path
+        name = f"{prefix}.{first + index[0]}.{_STACKS[stack][index[1]]}_proj.weight" if index else path
         yield Place(_disk_name(name), tensors, shape, weight, index)
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from finback.errors import UserError
 from finback.model.decoder import Model
+from finback.model.sizes import memory
 from finback.paths import atomic_folder, read_json
 from finback.weights import layout, store
 from finback.weights.gguf_file import parts
@@ -33,16 +34,20 @@ def find(packed: Model, model: Path, form: str, dtype: torch.dtype) -> store.Sou
         return None
 
 
-def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> None:
+def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> store.Source | None:
     """Write a packed model's tensors beside the checkpoint; where that cannot be, a warning says so."""
     try:
         with atomic_folder(_place(model, form, dtype)) as temporary:
-            held = [(p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items()]
+            # One at a time: those of experts on disk are read when their turn comes.
+            held = ((p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items())
             # Small shards: each is copied on its way to disk, beside a model that may just fit.
-            store.write(temporary, held, max(_SHARD, sum(tensor.nbytes for _, tensor in held) // 256))
+            whole = memory(packed.config, dtype.itemsize, form, 0).weights
+            store.write(temporary, held, max(_SHARD, whole // 256))
             (temporary / _STAMP).write_text(json.dumps(_stamp(model)), encoding="utf-8")
+        return store.Checkpoint(_place(model, form, dtype))
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{model}: the packed weights could not be kept ({error})", stacklevel=2)
+        return None
 
 
 def _place(model: Path, form: str, dtype: torch.dtype) -> Path:

@@ -21,6 +21,7 @@ from finback.paths import model_path, read_json
 from finback.progress import bar
 from finback.text import Tokenizer, tokenizer_from_gguf
 from finback.weights import layout, packs, store
+from finback.weights.disk import HotExperts
 from finback.weights.gguf_file import GGUF
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,12 +36,15 @@ def load(
     *,
     context: int = 4096,
     force: bool = False,
+    expert_memory: int | None = None,
 ) -> Model:
     """Load a model by path (a folder, or a GGUF file), or by name from the models on this machine, in eval mode.
 
     `dtype`: "auto" keeps the checkpoint's (FP8 matrices stay FP8), or one of float32, bfloat16, float16. `quantize`:
     int8, int4 or fp8 packs the matrices while they are read; the result is kept beside the model and read next time.
     Router weights and correction biases are float32 always. Tensors stream into place: there is no second copy.
+    `expert_memory`: routed experts stay on disk and at most so many bytes of them in memory; such a model computes what
+    the resident one does and cannot be trained; `model.expert_cache` counts (weights.disk.HotExperts).
 
     Raises UserError for a folder that does not hold what its config.json describes, naming the tensor; and, unless
     `force`, for a model that with a cache of `context` tokens has no room in this machine's memory.
@@ -54,17 +58,24 @@ def load(
     kept, place = _dtype(dtype, source), _device(device)
     form = quantize or ("fp8" if fp8_stored and dtype == "auto" else None)
     if not force and place.type == "cpu":
-        check_room(str(name_or_path), config, kept, form, context)
+        check_room(str(name_or_path), config, kept, form, context, expert_memory)
     with torch.device("meta"):
         model = Model(config)
         check(source, model)
         if form is not None:
             pack(model, form, kept, source if quantize is None else None)
+    hot = None if expert_memory is None else HotExperts(model, expert_memory, kept, place)
     _materialise(model, kept, place)
     cached = packs.find(model, path, quantize, kept) if quantize is not None else None
     fill(model, cached or source, path.name)
+    if hot is not None:
+        hot.connect(cached or source)  # a matrix that is not packed yet is packed whenever it is read
+        model.expert_cache = hot
+        model.requires_grad_(False)
     if quantize is not None and cached is None:
-        packs.keep(model, path, quantize, kept)
+        written = packs.keep(model, path, quantize, kept)
+        if hot is not None and written is not None:
+            hot.connect(written)
     return model.eval()
 
 
@@ -96,14 +107,27 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def check_room(name: str, config: Config, dtype: torch.dtype, form: str | None, context: int) -> None:
-    """Raise UserError, with the arithmetic and with what would fit, unless model and cache fit into free memory."""
+def check_room(
+    name: str,
+    config: Config,
+    dtype: torch.dtype,
+    form: str | None,
+    context: int,
+    experts: int | None = None,
+) -> None:
+    """Raise UserError, with the arithmetic and with what would fit, unless model and cache fit into free memory.
+
+    `experts`: at most so many bytes of routed experts are in memory.
+    """
     free = machine.memory_free()
-    need = memory(config, dtype.itemsize, form, context)
+    need = memory(config, dtype.itemsize, form, context, experts)
     if free is None or need.total <= free:
         return
     forms = {f"--quantize {name}": memory(config, 2, name, context).total for name in FORMATS}
     forms |= {"--dtype bfloat16": memory(config, 2, None, context).total}
+    left = int((free - memory(config, dtype.itemsize, form, context, 0).total) / 1.05) >> 20
+    if left << 20 > 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize:  # at least one expert
+        forms |= {f"--expert-memory {left}MiB": memory(config, dtype.itemsize, form, context, left << 20).total}
     sizes = sorted(((size, option) for option, size in forms.items() if size <= free), reverse=True)
     fitting = ", ".join(f"{option} ({_gib(size)})" for size, option in sizes)
     raise UserError(
@@ -131,22 +155,15 @@ def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | Non
 
 
 def fill(model: Model, source: store.Source, name: str) -> None:
-    """Read every tensor of the model from `source`, in the order of its files, several at once."""
-    todo = sorted(layout.places(model), key=lambda place: source.position(place.name))
+    """Read every tensor of the model from `source` but experts on disk, in the order of its files, several at once."""
+    places = (place for place in layout.places(model) if not place.tensors[""].is_meta)
+    todo = sorted(places, key=lambda place: source.position(place.name))
     names = source.names()
     total = sum(tensor.nbytes for place in todo for tensor in place.tensors.values())
 
     @torch.no_grad()
     def read(place: layout.Place) -> int:
-        parts = {place.name + suffix: tensor for suffix, tensor in place.tensors.items()}
-        # Numbers, or codes with their scales, as they are to be held; else floats, to be rounded or packed.
-        if parts.keys() <= names and source.dtype(place.name) == place.tensors[""].dtype:
-            for part, tensor in parts.items():
-                source.into(part, tensor)
-        else:
-            for start, values in source.panels(place.name):
-                place.fill(start, values)
-        return sum(tensor.nbytes for tensor in parts.values())
+        return place.read(source, names)
 
     with bar(total, f"Loading {name}", in_bytes=True) as progress, ThreadPoolExecutor(min(4, machine.cpus())) as pool:
         for done in pool.map(read, todo):

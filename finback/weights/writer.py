@@ -15,7 +15,6 @@ from finback.errors import UserError
 from finback.kernels.quantise import BLOCK, FORMATS, Fp8
 from finback.model.config import Config
 from finback.model.decoder import Model
-from finback.model.weight import PackedWeight
 from finback.paths import MANIFEST, atomic_folder
 from finback.text.tokenizer import Tokenizer
 from finback.weights import layout, packs, store
@@ -85,7 +84,7 @@ class _Stored:
     def _tensors(self, place: layout.Place) -> Iterator[tuple[str, Tensor]]:
         fp8, weight = FORMATS["fp8"], place.weight
         tensors = place.tensors
-        if isinstance(weight, PackedWeight) and weight.form.name != fp8.name:
+        if weight is not None and weight.form is not None and weight.form.name != fp8.name:
             tensors = {"": place.values()}
         if self._quantize and weight is not None and len(tensors) == 1 and not layout.is_kept(place.name):
             tensors = dict(zip(("", fp8.suffix), FP8[self._quantize].quantise(tensors[""]), strict=True))
