@@ -102,7 +102,7 @@ def rm(
     Example: finback rm deepseek-ai/DeepSeek-V2-Lite-Chat --yes
     """
     if prefix_cache == (name is not None):
-        raise UserError(f"rm {name or ''}: name a model or --prefix-cache, one of them")
+        raise UserError("finback rm: name a model or --prefix-cache, one of them")
     if name is None:
         from finback.engine.disk_cache import erase
 
