@@ -7,6 +7,8 @@ from statistics import median
 
 import torch
 
+from finback.kernels import dispatch
+
 _LEAST = 3  # repetitions, however little time there is
 _WIDTH = 4096  # columns of the matrix
 
@@ -51,7 +53,7 @@ def _bandwidths(size: int, seconds: float) -> tuple[Rate, Rate]:
     words = weight.view(torch.float32)  # the sum of bfloat16 is bound by its conversion
     row = torch.ones(1, _WIDTH, dtype=torch.bfloat16)
     moved = weight.numel() * weight.itemsize
-    return _rate(moved, words.sum, seconds), _rate(moved, lambda: torch.nn.functional.linear(row, weight), seconds)
+    return _rate(moved, words.sum, seconds), _rate(moved, lambda: dispatch.linear(row, weight), seconds)
 
 
 def _product(side: int, dtype: torch.dtype, seconds: float) -> Rate:
