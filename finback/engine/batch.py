@@ -30,9 +30,10 @@ def flat(cache: PagedCache, works: Sequence[Work]) -> Batch:
     """All works in one pass; those that attend alike share a part."""
     ordered = sorted(works, key=lambda work: (work.count, work.start == 0, -work.start))
     parts, tables, start = [], [], 0
-    for together in _alike(ordered):
+    groups = _alike(ordered)
+    for together in groups:
         rows, width = len(together), together[0].count
-        part, table = _part(cache, together, slice(start, start + rows * width))
+        part, table = _part(cache, together, slice(start, start + rows * width) if len(groups) > 1 else None)
         parts.append(part)
         tables.append(table)
         start += rows * width
@@ -61,7 +62,7 @@ def tile(cache: PagedCache, work: Work) -> Batch:
     device = cache.storage.device
     slots_S = torch.arange(first + BLOCK, device=device)
     mask_BTS = (slots_S <= torch.arange(first, first + BLOCK, device=device).unsqueeze(-1)).unsqueeze(0)
-    part = Part(slice(0, BLOCK), 1, BLOCK, first + BLOCK, mask_BTS)
+    part = Part(None, 1, BLOCK, first + BLOCK, mask_BTS)
     table = torch.tensor([work.request.blocks[: first // BLOCK + 1]], device=device)
     view = View(cache, torch.tensor(slots, device=device), [part], [table])
     return Batch(
@@ -93,15 +94,16 @@ def _alike(ordered: Sequence[Work]) -> list[list[Work]]:
     return together
 
 
-def _part(cache: PagedCache, works: Sequence[Work], tokens: slice) -> tuple[Part, Tensor]:
+def _part(cache: PagedCache, works: Sequence[Work], tokens: slice | None) -> tuple[Part, Tensor]:
     width, longest = works[0].count, works[0].start
-    slots = longest + width
-    count = -(-slots // BLOCK)
+    count = -(-(longest + width) // BLOCK)
+    # Whole blocks: oneDNN prepares a product anew for every size it has not met.
+    slots = count * BLOCK if longest else width
     table = [work.request.blocks[:count] for work in works]
     device = cache.storage.device
     table_BM = torch.tensor([row + [0] * (count - len(row)) for row in table], device=device)
     mask_BTS = None
-    if longest and (width > 1 or any(work.start != longest for work in works)):
+    if longest and (width > 1 or any(work.start + 1 != slots for work in works)):
         starts_B = torch.tensor([work.start for work in works], device=device)
         positions_BT = starts_B[:, None] + torch.arange(width, device=device)
         mask_BTS = torch.arange(slots, device=device) <= positions_BT.unsqueeze(-1)

@@ -37,9 +37,10 @@ class PagedCache:
         width = config.cache_width if self.format is None else self.format.width_bytes
         kind = dtype if self.format is None else torch.uint8
         shape = (layers, blocks + 1, BLOCK * width)
-        self.storage = (
-            _untouched(shape, kind) if str(device) == "cpu" else torch.zeros(shape, dtype=kind, device=device)
-        )
+        on_cpu = torch.device(device).type == "cpu"
+        self.storage = _untouched(shape, kind) if on_cpu else torch.zeros(shape, dtype=kind, device=device)
+        self._blocks = list(self.storage)
+        self._slots = [layer.view(-1, width) for layer in self._blocks]
 
     @property
     def bytes_per_token(self) -> int:
@@ -52,12 +53,12 @@ class PagedCache:
     def write(self, layer: int, slots_N: Tensor, entry_NC: Tensor) -> None:
         """Store entries in slots (block x 16 + place in the block)."""
         packed = entry_NC.to(self.dtype) if self.format is None else self.format.pack(entry_NC)
-        self.storage[layer].view(-1, packed.shape[-1]).index_copy_(0, slots_N, packed)
+        self._slots[layer].index_copy_(0, slots_N, packed)
 
     def read(self, layer: int, tables_BM: Tensor) -> Tensor:
         """The entries of rows of M blocks each, [B, 16 M, C]."""
         rows, blocks = tables_BM.shape
-        held = self.storage[layer].index_select(0, tables_BM.flatten()).view(rows, blocks * BLOCK, -1)
+        held = self._blocks[layer].index_select(0, tables_BM.view(-1)).view(rows, blocks * BLOCK, -1)
         return held if self.format is None else self.format.unpack(held, self.dtype)
 
     def copy(self, source: int, target: int) -> None:

@@ -2,7 +2,7 @@
 
 from finback.kernels.attention import attention
 from finback.kernels.cross_entropy import cross_entropy
-from finback.kernels.latent import latent_attention
+from finback.kernels.latent import latent_attention, per_head
 from finback.kernels.linear import linear
 from finback.kernels.norm import rms_norm
 from finback.kernels.order import expert_ffn, expert_loop, expert_stream, fixed_order
@@ -17,6 +17,7 @@ __all__ = [
     "fixed_order",
     "latent_attention",
     "linear",
+    "per_head",
     "rms_norm",
     "rotate",
 ]

@@ -28,7 +28,7 @@ def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, 
 
 
 def _product(stack: Tensor) -> Product:
-    return lambda x, expert: linear(x, stack[expert].to(x.dtype))
+    return lambda x, expert: linear(x, stack[expert] if stack.dtype == x.dtype else stack[expert].to(x.dtype))
 
 
 def expert_stream(
@@ -36,17 +36,25 @@ def expert_stream(
 ) -> Tensor:
     """As `expert_ffn`, a product for every expert that was chosen: no stack need be in memory. Without gradients."""
     x_ND = x_ND.to(compute_dtype(x_ND))
+    if len(x_ND) == 1:
+        results = []
+        for expert in experts_NK[0].tolist():
+            gate, up = gate_up(x_ND, expert).chunk(2, dim=-1)
+            results.append(down(F.silu(gate).mul_(up), expert))
+        return weights_NK.to(x_ND.dtype) @ torch.cat(results)
     place, source, ends = _deal(experts_NK, n_experts)
     rows_MD = x_ND.index_select(0, source)
     active: Tensor | None = None
     result = torch.empty_like(rows_MD)
     for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
-        if start < end:
-            gate, up = gate_up(rows_MD[start:end], expert).chunk(2, dim=-1)
-            if active is None:  # one buffer, so that rows lie as they do in `expert_ffn`: alignment changes sums
-                active = gate.new_empty(len(source), gate.shape[-1])
-            torch.mul(F.silu(gate), up, out=active[start:end])
-            result[start:end] = down(active[start:end], expert)
+        if start == end:
+            continue
+        rows = slice(start, end)
+        gate, up = gate_up(rows_MD[rows], expert).chunk(2, dim=-1)
+        if active is None:  # one buffer for all: where its rows lie in memory changes the last bits of sums
+            active = gate.new_empty(len(source), gate.shape[-1])
+        part = torch.mul(F.silu(gate), up, out=active[rows])
+        result[rows] = down(part, expert)
     weights_NK = weights_NK.to(result.dtype)
     return F.embedding_bag(place.view_as(experts_NK), result, per_sample_weights=weights_NK, mode="sum")
 

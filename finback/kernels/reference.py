@@ -46,6 +46,11 @@ def latent_attention(query: Tensor, entry: Tensor, rank: int, scale: float, mask
     return torch.einsum("bhts,bsl->bthl", scores.softmax(-1).type_as(query), entry[..., :rank].type_as(query))
 
 
+def per_head(x_BTHn: Tensor, weight_Hnm: Tensor) -> Tensor:
+    """Every head by its own matrix: [B, T, H, n] times [H, n, m] to [B, T, H, m]."""
+    return torch.einsum("bthn,hnm->bthm", x_BTHn, weight_Hnm)
+
+
 def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """Σ_k weights[n, k] · down_e(silu(gate_e x_n) · up_e x_n) with e = experts[n, k]; returns [N, D]."""
 

@@ -25,12 +25,12 @@ _EPS = 1e-6
 class Part:
     """Tokens of a flat pass that attend alike: `rows` sequences with `width` neighbouring new tokens each.
 
-    tokens: where they stand in the pass, rows x width of them: a range, or indices [rows · width].
+    tokens: where they stand in the pass, rows x width of them; None is all of it.
     mask_BTS: which of the `slots` cached positions a token sees; None where each row's new tokens are the last of
     them, and either all (its sequence starts here: plain causal) or one.
     """
 
-    tokens: slice | Tensor
+    tokens: slice | None
     rows: int
     width: int
     slots: int
@@ -38,9 +38,8 @@ class Part:
 
     def take(self, x_1NX: Tensor) -> Tensor:
         """The part's tokens of [1, N, ...] as [rows, width, ...]."""
-        flat = x_1NX[0]
-        chosen = flat[self.tokens] if isinstance(self.tokens, slice) else flat.index_select(0, self.tokens)
-        return chosen.unflatten(0, (self.rows, self.width))
+        chosen = x_1NX if self.tokens is None else x_1NX[:, self.tokens]
+        return chosen.reshape(self.rows, self.width, *x_1NX.shape[2:])
 
 
 class Cache(Protocol):
@@ -153,11 +152,9 @@ class LatentAttention(nn.Module):
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         nope = self.config.qk_nope_head_dim
         weight_HXL = self.kv_b_proj.weight.dense().unflatten(0, (self.config.num_attention_heads, -1))
-        latent_HNL = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), weight_HXL[:, :nope])
-        query = torch.cat((latent_HNL.transpose(0, 1).unflatten(0, q_nope.shape[:2]), q_rope), dim=-1)
+        query = torch.cat((dispatch.per_head(q_nope, weight_HXL[:, :nope]), q_rope), dim=-1)
         mixed = dispatch.latent_attention(query, entry_BSC, self.rank, self.scale, mask_BTS)
-        value_HNV = torch.bmm(mixed.flatten(0, 1).transpose(0, 1), weight_HXL[:, nope:].transpose(1, 2))
-        return value_HNV.transpose(0, 1).flatten(1).unflatten(0, q_nope.shape[:2])
+        return dispatch.per_head(mixed, weight_HXL[:, nope:].transpose(1, 2)).flatten(-2)
 
     def _break_even(self) -> float:
         """Fewer new tokens than this make the absorbed form the cheaper one (85 tokens for V3's 512, 128, 128 …)."""

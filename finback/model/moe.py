@@ -44,7 +44,7 @@ class Router(nn.Module):
         if routing is not None and self.layer in routing:
             experts_NK = routing[self.layer]
         else:
-            experts_NK = self.select(scores_NE.detach())
+            experts_NK = self.select(scores_NE.detach() if scores_NE.requires_grad else scores_NE)
             if routing is not None:
                 routing[self.layer] = experts_NK
         weights_NK = scores_NE.gather(1, experts_NK)

@@ -1,0 +1,139 @@
+"""Decoding after 512-token prompts: tokens a second beside transformers, one process, in turn.
+
+    python benchmarks/engine_decode.py --checkpoint M --batch 1 8 16 --dtype bfloat16 --out results/engine/decode-M
+
+Both hold the same model and the same prompts (random ids); greedy. Each side prefills once per batch size, then the
+sides decode by turns, `--steps` tokens for every row a round. transformers runs as it is best uncompiled: eager
+attention, its default experts path, generated one forward call a token (no `generate`). malloc keeps freed memory for
+both. `--peer-dtype` may differ from ours where that is better for it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+if any(os.environ.get(name) != value for name, value in KEEP.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
+
+import torch  # noqa: E402
+
+import finback  # noqa: E402
+from finback.engine import Engine, Options, Sampling  # noqa: E402
+from finback.evaluate.limits import machine_limits  # noqa: E402
+
+DEPTH, ROOM = 512, 400
+Steps = Callable[[int], None]
+
+
+def prompts(batch: int, vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(5, vocab_size, (batch, DEPTH), generator=generator).tolist()
+
+
+def ours(model, batch: int) -> Steps:
+    engine = Engine(model, max_batch=batch, options=Options(step_tokens=2048, prefix_cache=False))
+    sampling = Sampling(max_tokens=ROOM, temperature=0, ignore_eos=True)
+    requests = [engine.submit(prompt, sampling) for prompt in prompts(batch, model.config.vocab_size)]
+    while not all(request.choices for request in requests):
+        engine.step()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            engine.step()
+
+    return steps
+
+
+def theirs(model, batch: int) -> Steps:
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    state = {}
+    with torch.inference_mode():
+        out = model(
+            torch.tensor(prompts(batch, model.config.vocab_size)),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    state["next"] = out.logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def steps(count: int) -> None:
+        for _ in range(count):
+            place = torch.full((batch, 1), cache.get_seq_length())
+            out = model(state["next"], past_key_values=cache, use_cache=True, position_ids=place)
+            state["next"] = out.logits[:, -1:].argmax(-1)
+
+    return steps
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} – {max(values):.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peer-dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    import transformers
+
+    model = finback.load(args.checkpoint, args.dtype)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        args.checkpoint, dtype=getattr(torch, args.peer_dtype), attn_implementation="eager"
+    ).eval()
+    lines = [
+        "| rows | ours tok/s, median (min – max) | transformers tok/s | ratio, median of rounds (min – max) |",
+        "|---|---|---|---|",
+    ]
+    log = {"checkpoint": args.checkpoint.name, "dtype": args.dtype, "peer_dtype": args.peer_dtype, "rounds": []}
+    for batch in args.batch:
+        sides = {"ours": ours(model, batch), "transformers": theirs(peer, batch)}
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(args.rounds + 1):
+            for name, steps in sides.items():
+                start = time.perf_counter()
+                steps(args.steps)
+                rate = batch * args.steps / (time.perf_counter() - start)
+                if number:  # the first round warms up
+                    rates[name].append(rate)
+                    log["rounds"].append({"batch": batch, "side": name, "tokens_per_s": rate})
+        ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
+        own, other = (spread(rates[name]) for name in sides)
+        lines.append(
+            f"| {batch} | {own} | {other} | **{statistics.median(ratios):.2f}x** ({min(ratios):.2f} – {max(ratios):.2f}) |"
+        )
+        print(lines[-1], flush=True)
+    limits = machine_limits(4.0)
+    log["limits"] = vars(limits) | {}
+    log["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    text = "\n".join(
+        [
+            f"{args.checkpoint.name}, ours {args.dtype}, transformers {args.peer_dtype}, {args.threads} threads",
+            "",
+            *lines,
+        ]
+    )
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(log, indent=1, default=str) + "\n")
+        args.out.with_suffix(".md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
