@@ -9,17 +9,14 @@ both. `--peer-dtype` may differ from ours where that is better for it.
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
-if any(os.environ.get(name) != value for name, value in KEEP.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
+from engine_common import keep_memory, random_ids, spread, write
+
+keep_memory()
 
 import torch  # noqa: E402
 
@@ -32,8 +29,7 @@ Steps = Callable[[int], None]
 
 
 def prompts(batch: int, vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(5, vocab_size, (batch, DEPTH), generator=generator).tolist()
+    return [random_ids(DEPTH, vocab_size, 1 + row) for row in range(batch)]
 
 
 def ours(model, batch: int) -> Steps:
@@ -72,10 +68,6 @@ def theirs(model, batch: int) -> Steps:
             state["next"] = out.logits[:, -1:].argmax(-1)
 
     return steps
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f} – {max(values):.1f})"
 
 
 def main() -> None:
@@ -119,7 +111,7 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     limits = machine_limits(4.0)
-    log["limits"] = vars(limits) | {}
+    log["limits"] = vars(limits)
     log["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     text = "\n".join(
         [
@@ -128,11 +120,7 @@ def main() -> None:
             *lines,
         ]
     )
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(log, indent=1, default=str) + "\n")
-        args.out.with_suffix(".md").write_text(text + "\n")
+    write(args.out, text, log)
 
 
 if __name__ == "__main__":
