@@ -3,8 +3,8 @@
     python benchmarks/engine_arrivals.py --checkpoint M --out results/engine/arrivals
 
 A prompt of `--long` tokens is given to the engine, again and again until there are enough arrivals; prompts of 128
-tokens arrive as a Poisson process while it is computed, one new token each. Time to first token counts from the arrival,
-so it holds the rest of the step that was running. The idle time is measured before, in between and after. The
+tokens arrive as a Poisson process while it is computed, one new token each. Time to first token counts from the
+arrival, so it holds the rest of the step that was running. The idle time is measured before, in between and after. The
 checkpoint's context is raised to 32,768 in a copy of its config.json. Goal: p95 at most 3 times the idle median.
 """
 

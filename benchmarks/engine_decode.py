@@ -106,9 +106,8 @@ def main() -> None:
                     log["rounds"].append({"batch": batch, "side": name, "tokens_per_s": rate})
         ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
         own, other = (spread(rates[name]) for name in sides)
-        lines.append(
-            f"| {batch} | {own} | {other} | **{statistics.median(ratios):.2f}x** ({min(ratios):.2f} – {max(ratios):.2f}) |"
-        )
+        ratio = f"**{statistics.median(ratios):.2f}x** ({min(ratios):.2f} – {max(ratios):.2f})"
+        lines.append(f"| {batch} | {own} | {other} | {ratio} |")
         print(lines[-1], flush=True)
     limits = machine_limits(4.0)
     log["limits"] = vars(limits)
