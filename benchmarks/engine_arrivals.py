@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=16_384)
     parser.add_argument("--arrivals", type=int, default=60)
     parser.add_argument("--mean-s", type=float, default=3.0)
-    parser.add_argument("--step-tokens", type=int, default=Options().step_tokens)
+    parser.add_argument("--step-tokens", type=int, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -90,7 +90,7 @@ def main() -> None:
     text = "\n".join(
         [
             f"{args.checkpoint.name}: prompts of {SHORT} tokens while one of {args.long:,} is computed "
-            f"({', '.join(f'{s:.0f} s' for s in took)}), step_tokens {args.step_tokens}",
+            f"({', '.join(f'{s:.0f} s' for s in took)}), step_tokens {engine.core.scheduler.budget}",
             "",
             "| | time to first token, s |",
             "|---|---|",

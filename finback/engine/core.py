@@ -10,7 +10,7 @@ from finback.engine.blocks import BLOCK, BlockPool
 from finback.engine.cache import PagedCache
 from finback.engine.disk_cache import DiskCache
 from finback.engine.fingerprint import fingerprint
-from finback.engine.options import Options, blocks_for, cost_of
+from finback.engine.options import Options, blocks_for, cost_of, step_budget
 from finback.engine.prefix import PrefixCache
 from finback.engine.request import FinishReason, Request
 from finback.engine.scheduler import Scheduler, Work
@@ -37,7 +37,7 @@ class Core:
         self.cache, self.pool = cache(blocks), BlockPool(blocks)
         self.prefix = PrefixCache(self.pool, self.cache, self._disk(), options.prefix_cache)
         enter, copy = self._enter, self.cache.copy
-        self.scheduler = Scheduler(self.pool, max_batch, options.step_tokens, cost_of(config), enter, copy)
+        self.scheduler = Scheduler(self.pool, max_batch, step_budget(options, max_batch), cost_of(config), enter, copy)
         self.runner = Runner(model, self.cache, eos_ids, options.batch_invariant)
         self.drafter = drafter or make_drafter(model, self.cache, options.speculate, options.draft_tokens)
         self.heartbeat, self.counters, self.pace = Heartbeat(), Counters(), Pace()

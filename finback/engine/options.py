@@ -12,6 +12,7 @@ from finback.kernels.cache_format import CACHE_FORMATS
 from finback.model import Config
 from finback.model.sizes import flops_per_token
 
+_SHARED, _ALONE = 192, 2048
 _SHARE = 0.5  # of free memory, for the cache where nobody says how much
 
 
@@ -21,7 +22,8 @@ class Options:
 
     cache_memory: bytes for the cache; None is what `max_batch` full contexts take, half of the free memory at most.
     cache_format: None keeps entries as computed; "int8", "fp8": about half of bfloat16 (kernels/cache_format.py).
-    step_tokens: what a step may cost, in tokens: more computes long prompts faster, less makes others wait less.
+    step_tokens: what a step may cost, in tokens: more computes long prompts faster, less makes others wait less. None
+        is 192, and 2,048 where max_batch is 1: then nobody waits.
     prefix_cache: whether prompts that begin alike share what was computed; prefix_folder: also on disk, and across
         restarts, in at most prefix_limit bytes.
     speculate: "mtp" (the model's own module), "ngram" (repeated text), "auto" (mtp where the model has it, else ngram)
@@ -33,7 +35,7 @@ class Options:
 
     cache_memory: int | None = None
     cache_format: str | None = None
-    step_tokens: int = 256
+    step_tokens: int | None = None
     prefix_cache: bool = True
     prefix_folder: Path | None = None
     prefix_limit: int = 4 * 2**30
@@ -45,8 +47,9 @@ class Options:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("step_tokens", BLOCK), ("prefix_limit", 1)):
-            _at_least(name, getattr(self, name), least)
+        _at_least("prefix_limit", self.prefix_limit, 1)
+        if self.step_tokens is not None:
+            _at_least("step_tokens", self.step_tokens, BLOCK)
         for name in ("cache_memory", "draft_tokens", "max_queue", "max_queue_tokens"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
@@ -54,6 +57,11 @@ class Options:
             raise UserError(f"speculate is {self.speculate!r}; it must be auto, mtp, ngram or off")
         if self.cache_format is not None and self.cache_format not in CACHE_FORMATS:
             raise UserError(f"cache_format is {self.cache_format!r}; it must be one of {', '.join(CACHE_FORMATS)}")
+
+
+def step_budget(options: Options, max_batch: int) -> int:
+    """What a step may cost, in tokens."""
+    return options.step_tokens or (_ALONE if max_batch == 1 else _SHARED)
 
 
 def _at_least(name: str, value: object, least: int) -> None:

@@ -160,6 +160,9 @@ class Scheduler:
             if request not in self.running or (works and budget < self.cost.of(BLOCK, request.cached)):
                 continue
             count = self.cost.most(budget, request.cached, request.pending)
+            # Who gets a first token in this step does not wait for a part of somebody else's prompt.
+            if count < request.pending and any(work.count == work.request.pending for work in works):
+                continue
             if self._reserve(request, count, force=request is self.running[0]):
                 works.append(Work(request, request.cached, count))
                 budget -= self.cost.of(count, request.cached)
