@@ -234,6 +234,13 @@ MUTATIONS = [
         "what a crash leaves is never removed",
     ),
     Mutation(
+        DISK,
+        "except FileNotFoundError:  # another process",
+        "except NotImplementedError:  # another process",
+        [f"{TEST_DISK}::test_a_folder_removed_while_a_block_is_written_is_made_again"],
+        "a block is lost, with a warning, whenever another process erases or clears up",
+    ),
+    Mutation(
         "evaluate/limits.py",
         "_rate(2 * side**3,",
         "_rate(side**3,",

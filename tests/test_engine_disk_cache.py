@@ -279,6 +279,21 @@ def test_a_folder_that_vanishes_is_made_again_and_one_that_cannot_be_is_not_need
     assert cache.get(key(3)) is None and key(3) not in cache and cache.counters.dropped == 2
 
 
+def test_a_folder_removed_while_a_block_is_written_is_made_again(opened, monkeypatch):
+    cache, times = opened(), []
+
+    def removed(parent: Path):
+        times.append(parent)
+        if len(times) == 1:
+            parent.rmdir()
+        return really(parent)
+
+    really = disk_cache._opened
+    monkeypatch.setattr(disk_cache, "_opened", removed)
+    fill(cache, 1)
+    assert len(times) == 2 and cache.counters.written == 1 and torch.equal(cache.get(key(1)), block(1))
+
+
 def test_a_full_queue_drops_and_never_blocks(opened, monkeypatch):
     monkeypatch.setattr(disk_cache, "_QUEUED", 3 * BLOCK)
     cache = opened()

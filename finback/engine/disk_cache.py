@@ -185,6 +185,16 @@ class DiskCache:
     def _write(self, key: bytes, payload: Tensor) -> None:
         if self._counters.bytes + self._size > self.limit or self._unlisted + self._size > self.limit // 16:
             self._trim(self._size)
+        try:
+            self._store(key, payload)
+        except FileNotFoundError:  # another process has just removed the folder, by `erase` or because it was empty
+            self._store(key, payload)
+        self._waiting.pop(key, None)
+        self._counters.written += 1
+        self._counters.bytes += self._size
+        self._unlisted += self._size
+
+    def _store(self, key: bytes, payload: Tensor) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._own, 0o700)
@@ -202,10 +212,6 @@ class DiskCache:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=parent)
                 raise
-        self._waiting.pop(key, None)
-        self._counters.written += 1
-        self._counters.bytes += self._size
-        self._unlisted += self._size
 
     def _trim(self, room: int) -> None:
         """List the folder and remove the oldest files until `room` bytes more stay within the bound."""
