@@ -10,7 +10,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,7 +91,6 @@ class HotExperts:
             raise UserError(f"expert_memory={budget}: one expert takes {needed:,} bytes; give at least {at_least}")
         self._entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
         self._lock = threading.RLock()  # held until a product is done: the next reading may go into the same buffers
-        self._pool = ThreadPoolExecutor(3)  # one a matrix of an expert
         self.hits = self.misses = self.bytes_read = self.resident_bytes = 0
         self.seconds_reading = 0.0
 
@@ -158,12 +156,16 @@ class HotExperts:
     def _places(self, layer: str, expert: int, stacks: Entry) -> list[layout.Place]:
         return [p for name, one in stacks.items() for p in layout.matrices(f"{layer}.{name}", one, expert)]
 
+    @torch.no_grad()
     def _fill(self, places: list[layout.Place]) -> None:
         source = self.source
         assert source is not None, "connected once the model is loaded"
         files = {source.position(place.name)[0] for place in places}
         try:
-            list(self._pool.map(lambda place: _read(place, source, self._names), places))
+            # Not by threads: those that run torch's operators make OpenMP's own wait longer, 1.4x a token's time.
+            source.ahead([place.name for place in places])
+            for place in places:
+                place.read(source, self._names)
         except (OSError, ValueError) as error:  # a file gone, or cut off within a tensor
             raise UserError(f"{source.where}: experts can no longer be read ({error}); load the model again") from None
         for file in files:
@@ -171,12 +173,7 @@ class HotExperts:
                 raise UserError(f"{self._root / file}: has changed since the model was loaded; load it again")
 
 
-@torch.no_grad()
-def _read(place: layout.Place, source: store.Source, names: set[str]) -> None:
-    place.read(source, names)
-
-
-@torch.inference_mode(False)  # threads could not write into tensors made in inference mode
+@torch.inference_mode(False)  # what is made in inference mode cannot be written outside of it
 def _one(like: Weight, dtype: torch.dtype, device: torch.device) -> Weight:
     """A stack of one expert in the form of `like`, uninitialised."""
     with torch.device("meta"):
