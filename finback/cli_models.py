@@ -9,7 +9,7 @@ import typer
 
 from finback import terminal
 from finback.errors import UserError
-from finback.paths import home, installed, remove_folder
+from finback.paths import home, installed, prefix_folder, remove_folder
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -90,13 +90,25 @@ def show(
 
 
 def rm(
-    name: Annotated[str, typer.Argument(help="A model of `finback ls`, one that was pulled or trained.")],
+    name: Annotated[str | None, typer.Argument(help="A model of `finback ls`, one that was pulled or trained.")] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option("--prefix-cache", help="What the prefix cache keeps on disk of conversations, of all models."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a model from $FINBACK_HOME/models.
+    """Delete a model from $FINBACK_HOME/models, or the prefix cache in $FINBACK_HOME/prefix.
 
     Example: finback rm deepseek-ai/DeepSeek-V2-Lite-Chat --yes
     """
+    if prefix_cache == (name is not None):
+        raise UserError("finback rm: name a model or --prefix-cache, one of them")
+    if name is None:
+        from finback.engine.disk_cache import erase
+
+        _ask("the prefix cache", prefix_folder(), yes)
+        terminal.note(f"The prefix cache is erased ({terminal.size(erase(prefix_folder()))}).")
+        return
     root = home() / "models"
     own = {known: folder for known, folder in installed() if folder.is_relative_to(root)}
     if name not in own:
@@ -104,10 +116,7 @@ def rm(
     folder = own[name]
     if folder.resolve() != root.resolve() / name:
         raise UserError(f"{folder}: a link to {folder.resolve()}; remove the link, or what it leads to, yourself")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError(f"{name}: nobody can be asked here; --yes deletes {folder}")
-        typer.confirm(f"Delete {folder} ({terminal.size(_bytes(folder))})?", abort=True, err=True)
+    _ask(name, folder, yes)
     remove_folder(folder)
     if folder.parent != root and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
@@ -171,6 +180,14 @@ def _row(name: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # a config is what anyone wrote; one that is odd must not hide the other models
         return row | {"error": str(error) or type(error).__name__}
     return row | {key: facts[key] for key in ("architecture", "parameters_total")} | {"error": None}
+
+
+def _ask(what: str, folder: Path, yes: bool) -> None:
+    """Go on only if the user agrees that a folder be deleted."""
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"{what}: nobody can be asked here; --yes deletes {folder}")
+        typer.confirm(f"Delete {folder} ({terminal.size(_bytes(folder))})?", abort=True, err=True)
 
 
 def _bytes(folder: Path) -> int:

@@ -22,6 +22,11 @@ def home() -> Path:
     return expanded(os.environ.get("FINBACK_HOME") or "~/.finback")
 
 
+def prefix_folder() -> Path:
+    """Where the prefix cache is kept on disk: `$FINBACK_HOME/prefix`."""
+    return home() / "prefix"
+
+
 def expanded(path: str | Path) -> Path:
     """The path with `~` and `~user` replaced. Raises UserError for a user who is not there."""
     try:

@@ -1,4 +1,4 @@
-"""Planted bugs of how cached entries are stored: their formats, and the blocks kept on disk."""
+"""Planted bugs of how cached entries are stored (formats, blocks on disk), and of the machine's measured limits."""
 
 from mutations import Mutation
 
@@ -232,5 +232,19 @@ MUTATIONS = [
         "if (",
         [f"{TEST_DISK}::test_a_process_killed_while_it_writes_leaves_whole_blocks_and_no_rest"],
         "what a crash leaves is never removed",
+    ),
+    Mutation(
+        "evaluate/limits.py",
+        "_rate(2 * side**3,",
+        "_rate(side**3,",
+        ["test_evaluate_limits.py::test_what_is_counted"],
+        "the machine is said to do half of what it does, and our share of it looks twice as good",
+    ),
+    Mutation(
+        "evaluate/limits.py",
+        "    run()\n    times",
+        "    times",
+        ["test_evaluate_limits.py::test_a_rate_is_work_by_time_without_the_first_run"],
+        "the first run, which allocates, counts as the machine's speed",
     ),
 ]

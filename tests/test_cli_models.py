@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hostile_hub import COMMIT, Hub
 from tiny_model import tiny
 from typer.testing import CliRunner
@@ -126,6 +127,24 @@ def test_rm_does_not_follow_links(home, tmp_path_factory):
         result = finback("rm", name, "--yes")
         assert result.exit_code == 2 and "link" in result.stderr
     assert len(list((outside / "minke").iterdir())) == 2
+
+
+def test_rm_erases_the_prefix_cache_and_no_model(home):
+    from finback.engine.disk_cache import DiskCache
+
+    cache = DiskCache(home / "prefix", "calf", 3 << 20, 1 << 30)
+    cache.put(bytes(32), torch.zeros(3 << 20, dtype=torch.uint8))
+    cache.close()
+    (home / "prefix" / "mine").write_text("mine")
+    for wrong in (("rm",), ("rm", "odd", "--prefix-cache", "--yes")):
+        result = finback(*wrong)
+        assert result.exit_code == 2 and "name a model or --prefix-cache" in result.stderr
+    refused = finback("rm", "--prefix-cache")
+    assert refused.exit_code == 2 and "--yes deletes" in refused.stderr and bytes(32) in cache
+    result = finback("rm", "--prefix-cache", "--yes")
+    assert result.exit_code == 0 and "3.0 MiB" in result.stderr
+    assert [path.name for path in (home / "prefix").iterdir()] == ["mine"]
+    assert (home / "models" / "odd").is_dir() and finback("rm", "--prefix-cache", "--yes").exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["pull", "ls", "show", "rm"])

@@ -282,11 +282,18 @@ def test_a_folder_that_vanishes_is_made_again_and_one_that_cannot_be_is_not_need
 def test_a_full_queue_drops_and_never_blocks(opened, monkeypatch):
     monkeypatch.setattr(disk_cache, "_QUEUED", 3 * BLOCK)
     cache = opened()
-    with cache._disk:  # the disk hangs: the writer holds one block, three wait
+
+    def put() -> None:
         for number in range(10):
             cache.put(key(number), block(number))
             while number == 0 and cache._todo.qsize():
                 time.sleep(0.001)
+
+    with cache._disk:  # the disk hangs: the writer holds one block, three wait
+        engine = threading.Thread(target=put, daemon=True)
+        engine.start()
+        engine.join(20)
+        assert not engine.is_alive()
         assert cache.counters.dropped == 6 and key(9) not in cache
         assert torch.equal(cache.get(key(3)), block(3))
     cache.flush()
@@ -304,11 +311,10 @@ def test_erase_removes_blocks_and_nothing_else(opened):
     fill(other, 3)
     mine = cache.folder / "notes.txt"
     mine.write_text("mine")
-    with cache._disk:  # this one is still on its way
+    cache._disk = threading.RLock()
+    with cache._disk:  # the writer waits, and this block with it
         cache.put(key(4), block(4))
-        threading.Timer(0.05, cache._disk.release).start()
-        cache._disk.acquire()
-    cache.erase()
+        cache.erase()
     cache.flush()
     assert [key(n) in cache for n in (1, 2, 4)] == [False] * 3 and cache.counters.bytes == 0
     assert files(cache.folder) == [mine]
