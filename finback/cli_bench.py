@@ -51,9 +51,9 @@ def bench(
 ) -> None:
     """Throughput, time to first token and between tokens, beside the limits of this machine.
 
-    Random prompts, greedy, past EOS, after a warm-up; times are p50/p95/p99. share: least time of the decoding steps,
-    by memory or arithmetic, over the time they took; prefill: the same of prompts that come alone. The open loop runs
-    as many together as the largest --concurrency, and counts from when a request was due.
+    Random prompts, greedy, past EOS, after a warm-up. Of fewer than 100 requests p99 is the slowest. share: least time
+    of the decoding steps, by memory or arithmetic, over the time they took; prefill: the same of prompts that come
+    alone. The open loop runs as many together as the largest --concurrency, and counts from when a request was due.
 
     Example: finback bench --concurrency 1,8 --rate 2
     """

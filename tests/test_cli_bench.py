@@ -1,6 +1,7 @@
 """`finback bench` as a user runs it, on a tiny random model and a machine whose limits are given."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from text_samples import trained
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from finback.cli import app
 from finback.evaluate.limits import Limits, Rate
+from finback.progress import Bar
 from finback.weights import save
 
 LIMITS = Limits(2, Rate(20e9, 18e9), Rate(25e9, 21e9), Rate(123.4e9, 1e11), Rate(4e11, 3.9e11))
@@ -81,6 +83,28 @@ def test_json_has_all_of_it(bench):
         assert load["new_tokens_per_s"] == pytest.approx(16 / load["seconds"])
         assert set(load["ttft_s"]) == set(load["between_s"]) == set(load["total_s"]) == {"p50", "p95", "p99"}
         assert load["shares"]["decode"] is None or load["shares"]["decode"] > 0
+
+
+def test_options_reach_the_engine(bench):
+    plain, packed = (
+        json.loads(bench(*SMALL, "--concurrency", 1, *more, "--json").stdout)["loads"][0]["cache_bytes"]
+        for more in ([], ["--cache-format", "bfloat16"])
+    )
+    assert plain == 2 * packed  # float32, the small model's precision
+    options = ["--speculate", "ngram", "--max-tokens", 60]
+    assert json.loads(bench(*SMALL, "--concurrency", 1, *options, "--json").stdout)["loads"][0]["drafted"] > 0
+
+
+def test_a_bar_that_takes_no_time_from_the_measured(bench, monkeypatch):
+    asked = []
+
+    def bar(total, description, **how):
+        asked.append((total, description, how))
+        return nullcontext(Bar())
+
+    monkeypatch.setattr("finback.progress.bar", bar)
+    assert bench(*SMALL, "--concurrency", "1,2").exit_code == 0
+    assert asked[-1] == (8, "requests", {"per_second": 1})
 
 
 def test_requests_are_twice_the_concurrency_at_least_eight(bench):

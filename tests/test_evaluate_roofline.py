@@ -1,5 +1,6 @@
 """What a pass must read and do, counted on what is built and by enumeration, and the shares that follow."""
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, product
 
@@ -12,7 +13,7 @@ from torch import nn
 from finback.engine import Engine
 from finback.evaluate.limits import Limits, Rate
 from finback.evaluate.roofline import Needs, shares
-from finback.evaluate.speed import Clock, Load, measure
+from finback.evaluate.speed import Clock, Load, Step, measure
 from finback.model import Config, Model
 from finback.model.linear import Experts
 from finback.model.moe import Router
@@ -130,3 +131,15 @@ def test_no_decoding_no_share():
     result = measure(Engine(ScriptedModel([3])), Load(2, 2, prompt_tokens=(4, 4), max_tokens=1), clock)
     found = shares(result, Needs(tiny(vocab_size=600), 4, None, 1e6, 1e9))
     assert (found.decode, found.decode_tokens_per_s, found.limit_tokens_per_s, found.prefill) == (None,) * 4
+
+
+def test_speculation_is_held_to_the_limit_without_it():
+    """A step that gave a request three tokens counts as three steps of one."""
+    now = [0.0]
+    clock = Clock(lambda: now.__setitem__(0, now[0] + 1) or now[0])
+    result = measure(Engine(ScriptedModel([3])), Load(1, 1, prompt_tokens=(4, 4), max_tokens=2), clock)
+    needs = Needs(tiny(vocab_size=600), 4, None, 1e6, 1e9)
+    plain = shares(replace(result, decoding=[Step(1.0, 2, 2, 40)]), needs)
+    guessed = shares(replace(result, decoding=[Step(1.0, 2, 6, 40)]), needs)
+    assert guessed.decode == pytest.approx(3 * plain.decode)
+    assert guessed.limit_tokens_per_s == pytest.approx(plain.limit_tokens_per_s)

@@ -11,7 +11,7 @@ from finback.engine import Engine, Request, Sampling
 from finback.errors import UserError
 from finback.progress import Bar
 
-_WARM_TOKENS = 4  # new tokens of a request that warms up
+_WARM_PROMPT, _WARM_TOKENS = 16, 4  # of a request that warms up, beside what all prompts share; the first is whole
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,8 @@ def measure(engine: Engine, load: Load, clock: Clock | None = None, progress: Ba
     clock, vocab_size = clock or Clock(), engine.model.config.vocab_size
     together = min(load.concurrency or engine.max_batch, load.requests)
     warm = _Loop(engine, min(_WARM_TOKENS, load.max_tokens), clock, Bar())
-    warm.closed(load.prompts(vocab_size, together, "warm-up"), together)
+    first, *others = load.prompts(vocab_size, together, "warm-up")
+    warm.closed([first, *(ids[: load.shared_tokens + _WARM_PROMPT] for ids in others)], together)
     before, prompts = engine.stats(), load.prompts(vocab_size, load.requests)
     hits, uses = _experts(engine)
     loop = _Loop(engine, load.max_tokens, clock, progress or Bar())
