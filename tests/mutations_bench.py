@@ -43,8 +43,8 @@ MUTATIONS = [
     ),
     Mutation(
         SPEED,
-        "return shared + _ids(draw, length - len(shared), vocab_size)",
-        "return _ids(draw, length, vocab_size)",
+        "shared + _ids(draw, length - len(shared), vocab_size)",
+        "_ids(draw, length, vocab_size)",
         [f"{TEST_SPEED}::test_a_shared_beginning_is_found_from_the_first_counted_request_on"],
         "--shared-tokens does nothing",
     ),

@@ -168,7 +168,7 @@ def test_a_shared_beginning_is_found_from_the_first_counted_request_on():
     assert len({tuple(prompt[:48]) for prompt in engine.seen}) == 1
     assert len({prompt[48] for prompt in engine.seen}) > 1
     assert result.hit_tokens == 6 * 48 and [record.cached_tokens for record in result.records] == [48] * 6
-    alone = run(Timed(), Load(6, 2, prompt_tokens=(60, 90), max_tokens=3))
+    alone = run(Timed(), Load(6, 6, prompt_tokens=(60, 90), max_tokens=3))
     assert alone.hit_tokens == 0
 
 
