@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from finback import __version__, cli_models, machine, terminal
+from finback import __version__, cli_bench, cli_models, terminal
 from finback.cli_models import Json
+from finback.cli_options import (
+    Dtype,
+    ExpertMemory,
+    Force,
+    MaxTokens,
+    Model,
+    Quantize,
+    Seed,
+    Temperature,
+    Think,
+    expert_bytes,
+)
 from finback.errors import UserError
 from finback.paths import DEFAULT_MODEL
 
@@ -49,31 +61,6 @@ app = typer.Typer(
 tasks_app = typer.Typer(no_args_is_help=True, context_settings=_SETTINGS, rich_markup_mode=None)
 app.add_typer(tasks_app, name="tasks", help="The verifiable problems that models are trained and measured on.")
 
-Model = Annotated[str, typer.Option("--model", help="A model's name, its folder, or a GGUF file.")]
-Think = Annotated[bool, typer.Option("--think/--no-think", help="Think before answering.")]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="New tokens at most, thinking included. [default: the context's rest]")
-]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the model's generation_config.json]")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or auto, the checkpoint's. [default: float32 up to 1 GiB of weights, else auto]"
-    ),
-]
-Quantize = Annotated[
-    Literal["int8", "int4", "fp8"] | None,
-    typer.Option(help="Pack the weights; kept beside the model for the next time. [default: as they are stored]"),
-]
-Force = Annotated[bool, typer.Option("--force", help="Load even what memory seems too small for.")]
-ExpertMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Leave the routed experts on disk, at most so much of them in memory: 4GiB. [default: all in memory]",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Difficulty = Annotated[int | None, typer.Option(help="1 is easiest. [default: the task's own]")]
 
 
@@ -248,7 +235,7 @@ def evaluate(
 
     options: dict[str, Any] = {"difficulty": difficulty, "think": think, "max_tokens": max_tokens, "batch": batch}
     options |= {"dtype": dtype or default_dtype(model), "quantize": quantize, "force": force}
-    options["expert_memory"] = _bytes(expert_memory)
+    options["expert_memory"] = expert_bytes(expert_memory)
     result = measure(model, task, n, seed, records=out, **options)
     if json:
         terminal.print_json(result)
@@ -258,7 +245,7 @@ def evaluate(
     terminal.table(columns, [(name, s["n"], *(f"{s[key]:.3f}" for key in columns[2:])) for name, s in scores])
 
 
-for command in cli_models.COMMANDS:
+for command in (*cli_models.COMMANDS, cli_bench.bench):
     app.command()(command)
 
 
@@ -282,10 +269,6 @@ def doctor(json: Json = False) -> None:
         terminal.note(f"• {line}")
 
 
-def _bytes(expert_memory: str | None) -> int | None:
-    return None if expert_memory is None else machine.parse_bytes(expert_memory, "--expert-memory")
-
-
 def _open(
     model: str, max_tokens: int | None, temperature: float | None, seed: int, options: dict[str, Any]
 ) -> "tuple[Engine, Sampling]":
@@ -299,7 +282,7 @@ def _open(
         settings["temperature"] = temperature
     sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
     dtype = options.pop("dtype") or default_dtype(model)
-    options["expert_memory"] = _bytes(options["expert_memory"])
+    options["expert_memory"] = expert_bytes(options["expert_memory"])
     context = _CONTEXT if max_tokens is None else max_tokens + _CONTEXT // 4
     return Engine(load(model, dtype, context=context, **options), load_tokenizer(model), max_batch=1), sampling
 

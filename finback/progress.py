@@ -25,10 +25,12 @@ class _RichBar(Bar):
 
 
 @contextmanager
-def bar(total: float | None, description: str, done: float = 0, *, in_bytes: bool = False) -> Iterator[Bar]:
+def bar(
+    total: float | None, description: str, done: float = 0, *, in_bytes: bool = False, per_second: float = 10
+) -> Iterator[Bar]:
     """A bar with the time that remains; `done` of `total` (None: unknown) is behind us already.
 
-    `in_bytes`: what is counted are bytes, shown as sizes and a speed.
+    `in_bytes`: what is counted are bytes, shown as sizes and a speed. `per_second`: how often it is drawn.
     """
     if not sys.stderr.isatty():
         yield Bar()
@@ -53,7 +55,7 @@ def bar(total: float | None, description: str, done: float = 0, *, in_bytes: boo
         TimeRemainingColumn(),
         TextColumn("{task.fields[fields]}", markup=False),
     ]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=per_second) as progress:
         task = progress.add_task(description, total=total, fields="")
         progress.update(task, completed=done)
         yield _RichBar(progress, task)

@@ -20,6 +20,7 @@ COMMANDS = [
     ["verify"],
     ["convert"],
     ["doctor"],
+    ["bench"],
     ["tasks", "list"],
     ["tasks", "sample"],
 ]

@@ -20,13 +20,13 @@ FLOORS = [
     {"model", "text"},
     {"engine", "weights"},
     {"train", "evaluate", "serve", "plan"},
-    {"__init__", "__main__", "cli", "cli_models", "about", "doctor", "terminal"},
+    {"__init__", "__main__", "cli", "cli_bench", "cli_models", "cli_options", "about", "doctor", "terminal"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALSO = {("train", "evaluate")}
 WITHOUT_TORCH = {
     *("errors", "machine", "progress", "paths", "tasks", "text"),
-    *("__init__", "cli", "cli_models", "doctor", "terminal", "__main__"),
+    *("__init__", "cli", "cli_bench", "cli_models", "cli_options", "doctor", "terminal", "__main__"),
 }
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich"}

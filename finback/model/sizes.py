@@ -104,16 +104,30 @@ def memory(
     `expert_memory`: the most bytes that routed experts take, the others on disk. The margin is 0.3 GiB and 5 % of the
     weights.
     """
-    count, tied = sizes(config), config.tie_word_embeddings
+    count = sizes(config)
     matrices = count.attention + count.dense_mlp + count.routed_experts + count.shared_experts + count.mtp
-    packed = _PACKED.get(form or "", dtype_bytes)
-    head = dtype_bytes if form in (None, "fp8") or tied else _PACKED["int8"]
+    packed, head = _bytes_of(config, dtype_bytes, form)
     weights = matrices * packed + (count.embedding + count.norms) * dtype_bytes + count.head * head + count.router * 4
     if expert_memory is not None:
         experts = (count.routed_experts + _mtp_experts(config)) * packed
         weights -= max(experts - expert_memory, 0)
     cache = cache_numbers(config, mtp=True) * min(context, config.max_position_embeddings) * dtype_bytes
     return Memory(int(weights), cache, int(0.3 * 2**30 + 0.05 * weights))
+
+
+def bytes_read(config: Config, rows: int, dtype_bytes: int, form: str | None = None) -> float:
+    """Bytes of weights that one pass over `rows` tokens must read at least, in `form` as in `memory`; MTP left out.
+
+    Every token chooses K of E experts, any as likely as another: E (1 - (1 - K/E)^rows) distinct ones a layer are
+    expected. Of the embedding only the rows' own lines are read.
+    """
+    count = sizes(config)
+    packed, head_bytes = _bytes_of(config, dtype_bytes, form)
+    chosen = config.num_experts_per_tok / config.n_routed_experts if count.routed_experts else 0.0
+    routed = count.routed_experts * (1 - (1 - chosen) ** rows)
+    matrices = count.attention + count.dense_mlp + count.shared_experts + routed
+    plain = count.norms + rows * config.hidden_size
+    return matrices * packed + plain * dtype_bytes + count.router * 4 + count.embedding * head_bytes
 
 
 def flops_per_token(config: Config, context: int) -> int:
@@ -128,6 +142,12 @@ def flops_per_token(config: Config, context: int) -> int:
     value = config.query_dim if config.kv_lora_rank is None else config.v_head_dim
     per_pair = config.num_attention_heads * (config.query_dim + value)
     return 2 * weights + 2 * config.num_hidden_layers * per_pair * context
+
+
+def _bytes_of(config: Config, dtype_bytes: int, form: str | None) -> tuple[float, float]:
+    """Bytes of a number in the layers' matrices and in the head, which is as large as the embedding."""
+    head = dtype_bytes if form in (None, "fp8") or config.tie_word_embeddings else _PACKED["int8"]
+    return _PACKED.get(form or "", dtype_bytes), head
 
 
 def _norms(config: Config) -> int:
