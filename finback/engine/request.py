@@ -183,6 +183,16 @@ class Request:
         if self.routing is not None:
             self.routing.append((start, {layer: experts_NK[rows] for layer, experts_NK in routing_NK.items()}))
 
+    def follow(self, leader: "Request") -> None:
+        """Go on from the leader's computed prompt; what was learned from it is this one's too."""
+        self.blocks, self.keys = list(leader.blocks), list(leader.keys)
+        self.cached = self.hits = leader.cached
+        if self.routing is not None:
+            self.routing = list(leader.routing or ())
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = list(leader.prompt_logprobs or ())
+        self.embedding = leader.embedding
+
     def forget(self) -> None:
         """Nothing computed is left: the next pass starts at the first token."""
         self.cached = 0

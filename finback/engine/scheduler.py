@@ -114,8 +114,7 @@ class Scheduler:
         insort(self.running, request, key=lambda other: other.arrival)
         for block in leader.blocks:
             self.pool.share(block)
-        request.blocks, request.keys = list(leader.blocks), list(leader.keys)
-        request.cached = request.hits = leader.cached
+        request.follow(leader)
         return True
 
     def plan(self) -> list[Work]:
