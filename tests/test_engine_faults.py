@@ -9,6 +9,7 @@ from text_samples import trained
 from tiny_model import tiny, tiny_model, tokens
 
 from finback.engine import Engine, Grammar, Options, QueueFull, Sampling, Watchdog
+from finback.engine.stats import Counters
 from finback.errors import UserError
 from finback.text import prompt_ids
 
@@ -44,9 +45,10 @@ def alone(prompt, options=None) -> list[int]:
 
 
 def drain(engine: Engine) -> None:
-    while engine.busy:
-        engine.step()
-    assert engine.core.pool.used == 0
+    for _ in range(500):
+        if engine.busy:
+            engine.step()
+    assert not engine.busy and engine.core.pool.used == 0
 
 
 @pytest.mark.parametrize("place", [0, 20, 34])
@@ -67,6 +69,17 @@ def test_numbers_that_are_not_finite_end_their_request_and_reach_no_other(place)
     assert engine.stats().failed == 2 and engine.stats().finished == 4
 
 
+def test_a_failed_request_leaves_shared_blocks_as_they_are():
+    """Two begin alike; the one that fails at its end must not wipe what the other still reads."""
+    engine = Engine(poisoned(), max_batch=3, options=Options(step_tokens=400))
+    good = engine.submit(PROMPTS[2], GREEDY)
+    engine.step()
+    bad = engine.submit([*PROMPTS[2][:32], 7, POISON], GREEDY)
+    drain(engine)
+    assert bad.completion().finish_reason == "error" and bad.completion().cached_tokens == 32
+    assert good.completion().token_ids == alone(PROMPTS[2])
+
+
 @pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("kernel broke"), IndexError("oops")])
 def test_a_pass_that_raises_ends_only_the_request_that_made_it(error):
     engine = Engine(failing(tiny_model(CONFIG), error), max_batch=4)
@@ -79,6 +92,26 @@ def test_a_pass_that_raises_ends_only_the_request_that_made_it(error):
         assert request.completion().token_ids == alone(request.ids[: request.prompt_tokens])
 
 
+def test_after_a_failure_even_the_last_gets_its_blocks():
+    """Three shared a prompt's blocks; each alone computes it again, and the cache is too small for three of them."""
+    model, passes = tiny_model(CONFIG), []
+    forward = model.decoder.forward
+
+    def once(ids, **rest):
+        passes.append(ids)
+        if len(passes) == 3:
+            raise RuntimeError("once")
+        return forward(ids, **rest)
+
+    model.decoder.forward = once
+    engine = Engine(model, max_batch=4, options=Options(prefix_cache=False, cache_memory=6 * 4 * 22 * 3 * 16))
+    request = engine.submit(PROMPTS[2], GREEDY, n=3)
+    requests = [request, *request.followers]
+    for _ in range(200):
+        engine.step()
+    assert [r.completion().token_ids for r in requests] == [alone(PROMPTS[2])] * 3
+
+
 def test_a_failure_while_decoding_leaves_the_others_whole():
     """Tokens they already have stay; what was lost is computed again."""
     model = tiny_model(CONFIG)
@@ -88,7 +121,11 @@ def test_a_failure_while_decoding_leaves_the_others_whole():
     for _ in range(5):
         engine.step()
     victim.ids[-1] = POISON
+    sizes: list[int] = []
+    guarded = model.decoder.forward
+    model.decoder.forward = lambda ids, **rest: sizes.append(ids.numel()) or guarded(ids, **rest)
     drain(engine)
+    assert sizes[-1] == 2, "the others decode together again"
     assert victim.completion().finish_reason == "error" and len(victim.completion().token_ids) == 5
     assert [r.completion().token_ids for r in others] == [alone(p) for p in PROMPTS[1:]]
 
@@ -140,8 +177,17 @@ def test_a_full_queue_refuses_with_the_counts_and_when_to_come_again():
     engine.cancel(accepted[2])
     with pytest.raises(QueueFull, match=r"9 prompt tokens wait already, this prompt has 100, max_queue_tokens is 60"):
         engine.submit([3] * 100, GREEDY)
-    engine.submit([3] * 40, GREEDY)
+    with pytest.raises(QueueFull, match=r"this prompt has 52"):
+        engine.submit([3] * 52, GREEDY)
+    engine.submit([3] * 51, GREEDY)
     drain(engine)
+
+
+def test_when_to_come_again_is_the_time_between_two_that_leave():
+    counters = Counters()
+    assert counters.retry_after() == 1.0
+    counters.ends.extend([10.0, 12.0, 13.0, 19.0])
+    assert counters.retry_after() == 3.0
 
 
 def test_the_first_of_an_empty_queue_is_taken_whatever_its_length():

@@ -180,6 +180,20 @@ def test_n_completions_compute_their_prompt_once(monkeypatch):
         assert completion.token_ids == alone.token_ids
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+def test_each_of_n_completions_learns_about_the_prompt(rows):
+    """Those that share its blocks as well as those that have to compute it again."""
+    sampling = Sampling(max_tokens=6, temperature=1, ignore_eos=True)
+    wishes = {"routing": True, "prompt_logprobs": True, "embedding": True}
+    for completion in Engine(MODEL, max_batch=rows).generate([FIRST], sampling, n=4, **wishes):
+        alone = next(Engine(MODEL).generate([FIRST], sampling, choice=completion.choice, **wishes))
+        assert completion.token_ids == alone.token_ids
+        assert completion.prompt_logprobs == pytest.approx(alone.prompt_logprobs, abs=1e-4)
+        torch.testing.assert_close(completion.embedding, alone.embedding, atol=1e-4, rtol=1e-4)
+        for layer, experts in alone.routing.items():
+            assert torch.equal(completion.routing[layer].sort(-1).values, experts.sort(-1).values)
+
+
 def test_more_completions_than_rows_find_the_prompt_later(monkeypatch):
     engine = Engine(MODEL, max_batch=2)
     done = list(engine.generate([FIRST], Sampling(max_tokens=4, temperature=1, ignore_eos=True), n=5))

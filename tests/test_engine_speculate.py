@@ -111,6 +111,23 @@ def test_mtp_guesses_further_tokens_from_its_own_output():
     assert completion.drafted > 40
 
 
+def test_routing_leaves_out_the_guesses_that_did_not_come():
+    """Drafts of every kind: all wrong, some wrong, all right; a pass that crosses a block, and the last token."""
+    sampling = Sampling(max_tokens=30, temperature=0, ignore_eos=True)
+    plain = next(Engine(MODEL).generate(PROMPTS[:1], sampling))
+    known = {len(PROMPTS[0]): [*PROMPTS[0], *plain.token_ids]}
+    ids = torch.tensor([known[len(PROMPTS[0])][:-1]])
+    expected: dict[int, torch.Tensor] = {}
+    MODEL.decoder(ids, routing=expected)
+    for rate, invariant in ((0.0, False), (0.7, False), (1.0, False), (0.7, True)):
+        options = Options(adaptive=False, batch_invariant=invariant)
+        engine = Engine(MODEL, options=options, drafter=Oracle(known, rate, 5))
+        (drafted,) = engine.generate(PROMPTS[:1], sampling, routing=True)
+        assert drafted.drafted > 0 and drafted.routing.keys() == expected.keys()
+        for layer, experts in expected.items():
+            assert torch.equal(drafted.routing[layer].sort(-1).values, experts.sort(-1).values)
+
+
 def test_mtp_needs_a_model_that_has_it():
     with pytest.raises(UserError, match="no multi-token prediction module"):
         Engine(tiny_model(tiny()), options=Options(speculate="mtp"))

@@ -117,7 +117,7 @@ class Request:
         self.followers: list[Request] = []  # that wait for it
         self.suspect = False  # a pass with it failed: it runs alone until one succeeds
         self.choices: list[Choice] = []
-        self.routing: dict[int, list[Tensor]] | None = {} if wishes.routing else None
+        self.routing: list[tuple[int, Routing]] | None = [] if wishes.routing else None  # of each pass, with its start
         self.prompt_logprobs: list[float] | None = [] if wishes.prompt_logprobs else None
         self.embedding: Tensor | None = None
         self.finish_reason: FinishReason | None = None
@@ -178,11 +178,20 @@ class Request:
         if self._transcript is not None:
             self._transcript.close()
 
-    def record(self, routing_NK: Routing, rows: slice) -> None:
-        """Keep the experts of its own tokens, `rows` of a pass."""
+    def record(self, routing_NK: Routing, rows: slice, start: int) -> None:
+        """Keep the experts of its own tokens from `start` on, `rows` of a pass."""
         if self.routing is not None:
-            for layer, experts_NK in routing_NK.items():
-                self.routing.setdefault(layer, []).append(experts_NK[rows])
+            self.routing.append((start, {layer: experts_NK[rows] for layer, experts_NK in routing_NK.items()}))
+
+    def follow(self, leader: "Request") -> None:
+        """Go on from the leader's computed prompt; what was learned from it is this one's too."""
+        self.blocks, self.keys = list(leader.blocks), list(leader.keys)
+        self.cached = self.hits = leader.cached
+        if self.routing is not None:
+            self.routing = list(leader.routing or ())
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = list(leader.prompt_logprobs or ())
+        self.embedding = leader.embedding
 
     def forget(self) -> None:
         """Nothing computed is left: the next pass starts at the first token."""
@@ -215,7 +224,7 @@ class Request:
             finish_reason=self.finish_reason,
             prompt_tokens=self.prompt_tokens,
             top_logprobs=[choice.top for choice in self.choices] if asked else [],
-            routing=None if self.routing is None else {layer: torch.cat(r) for layer, r in self.routing.items()},
+            routing=None if self.routing is None else _joined(self.routing, self.cached),
             choice=self.wishes.choice,
             cached_tokens=self.hits or 0,
             reasoning_tokens=self._thought(),
@@ -231,3 +240,13 @@ class Request:
 
     def _thought(self) -> int:
         return 0 if self._transcript is None else self._transcript.thought
+
+
+def _joined(passes: list[tuple[int, Routing]], cached: int) -> Routing:
+    """The experts of the first `cached` tokens. A pass counts as far as the next one starts: the rest was guesses."""
+    ends = [*(start for start, _ in passes[1:]), cached]
+    kept: dict[int, list[Tensor]] = {}
+    for (start, routing_NK), end in zip(passes, ends, strict=False):
+        for layer, experts_NK in routing_NK.items():
+            kept.setdefault(layer, []).append(experts_NK[: max(0, end - start)])
+    return {layer: torch.cat(pieces) for layer, pieces in kept.items()}

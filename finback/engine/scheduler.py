@@ -114,8 +114,7 @@ class Scheduler:
         insort(self.running, request, key=lambda other: other.arrival)
         for block in leader.blocks:
             self.pool.share(block)
-        request.blocks, request.keys = list(leader.blocks), list(leader.keys)
-        request.cached = request.hits = leader.cached
+        request.follow(leader)
         return True
 
     def plan(self) -> list[Work]:
@@ -140,7 +139,9 @@ class Scheduler:
                 self._preempt(self.running[-1])
             self._admit(request)
         count = self.cost.most(self.budget, request.cached, request.pending)
-        return [Work(request, request.cached, count)] if self._reserve(request, count, force=True) else []
+        while not self._reserve(request, count):  # earlier ones, too, give back their blocks: they do not move now
+            self._preempt(next(other for other in reversed(self.running) if other is not request))
+        return [Work(request, request.cached, count)]
 
     def _prompts(self, budget: float) -> list[Work]:
         """Chunks of prompts, the shortest rest first."""

@@ -49,7 +49,7 @@ class Runner:
                 )
             for work, span in zip(batch.works, batch.spans, strict=True):
                 found.setdefault(work.request, []).append(hidden_1ND[0, span])
-                work.request.record(routing or {}, span)
+                work.request.record(routing or {}, span, work.start)
         return {request: rows[0] if len(rows) == 1 else torch.cat(rows) for request, rows in found.items()}
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
