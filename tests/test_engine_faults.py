@@ -130,12 +130,14 @@ def test_a_failure_while_decoding_leaves_the_others_whole():
     assert [r.completion().token_ids for r in others] == [alone(p) for p in PROMPTS[1:]]
 
 
-def test_generate_and_stream_raise_what_their_request_failed_of():
-    for ask in (lambda e: list(e.generate([[POISON]], GREEDY)), lambda e: list(e.stream([POISON], GREEDY))):
-        engine = Engine(poisoned())
-        with pytest.raises(UserError, match="not finite"):
-            ask(engine)
-        assert not engine.busy
+def test_generate_tells_of_a_failure_and_goes_on_and_stream_raises_it():
+    engine = Engine(poisoned())
+    done = sorted(engine.generate([[POISON], PROMPTS[0]], GREEDY), key=lambda c: c.index)
+    assert "not finite" in done[0].error and done[0].finish_reason == "error"
+    assert done[1].token_ids == alone(PROMPTS[0])
+    with pytest.raises(UserError, match="not finite"):
+        list(engine.stream([POISON], GREEDY))
+    assert not engine.busy
 
 
 def test_a_tokenizer_that_fails_ends_its_request_alone(monkeypatch):
@@ -175,7 +177,7 @@ def test_a_full_queue_refuses_with_the_counts_and_when_to_come_again():
     assert caught.value.retry_after_s > 0
     engine.step()
     engine.cancel(accepted[2])
-    with pytest.raises(QueueFull, match=r"9 prompt tokens wait already, this prompt has 100, max_queue_tokens is 60"):
+    with pytest.raises(QueueFull, match=r"9 prompt tokens wait already, this request has 100, max_queue_tokens is 60"):
         engine.submit([3] * 100, GREEDY)
     with pytest.raises(QueueFull, match=r"this prompt has 52"):
         engine.submit([3] * 52, GREEDY)

@@ -154,7 +154,7 @@ def test_a_long_prompt_is_not_passed_over_for_ever():
             engine.submit([8] * 48, Sampling(max_tokens=1, ignore_eos=True))
         engine.step()
         steps += 1
-        assert steps < 80
+        assert steps < 150
 
 
 def test_decoding_goes_on_in_every_step_of_a_long_prompt():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,17 +98,21 @@ def _alike(ordered: Sequence[Work]) -> list[list[Work]]:
 def _part(cache: PagedCache, works: Sequence[Work], tokens: slice | None) -> tuple[Part, Tensor]:
     width, longest = works[0].count, works[0].start
     count = -(-(longest + width) // BLOCK)
+    # What an 8-bit format rounds must be read back rounded, or results would depend on how a prompt is cut.
+    fresh = longest == 0 and cache.format is None
     # Whole blocks: oneDNN prepares a product anew for every size it has not met.
-    slots = count * BLOCK if longest else width
-    table = [work.request.blocks[:count] for work in works]
+    slots = width if fresh else count * BLOCK
     device = cache.storage.device
-    table_BM = torch.tensor([row + [0] * (count - len(row)) for row in table], device=device)
+    table_BM = np.zeros((len(works), count), dtype=np.int64)
+    for row, work in zip(table_BM, works, strict=True):
+        held = work.request.blocks[:count]
+        row[: len(held)] = held
     mask_BTS = None
-    if longest and (width > 1 or any(work.start + 1 != slots for work in works)):
+    if not fresh and (width > 1 or any(work.start + 1 != slots for work in works)):
         starts_B = torch.tensor([work.start for work in works], device=device)
         positions_BT = starts_B[:, None] + torch.arange(width, device=device)
         mask_BTS = torch.arange(slots, device=device) <= positions_BT.unsqueeze(-1)
-    return Part(tokens, len(works), width, slots, mask_BTS), table_BM
+    return Part(tokens, len(works), width, slots, mask_BTS), torch.from_numpy(table_BM).to(device)
 
 
 def _slot(work: Work, place: int) -> int:

@@ -53,7 +53,7 @@ class BlockPool:
         return self._references[block]
 
     def take(self) -> int | None:
-        """A block for one sequence, the longest kept one if none is free; None if all are used."""
+        """A block for one sequence: a free one, else the kept one unused for longest; None if all are used."""
         if self._free:
             block = self._free.pop()
         elif self._kept:

@@ -1,6 +1,7 @@
 """The loop itself: plan, one pass of the model, tokens, and who leaves. engine.py is its door."""
 
 import time
+import warnings
 from collections.abc import Sequence, Set
 
 import torch
@@ -33,7 +34,7 @@ class Core:
         def cache(blocks: int) -> PagedCache:
             return PagedCache(config, layers, blocks, weight.dtype, weight.device, options.cache_format)
 
-        blocks = blocks_for(options, cache(0).block_bytes, max_batch, config.max_position_embeddings)
+        blocks = blocks_for(options, cache(0), max_batch, config.max_position_embeddings)
         self.cache, self.pool = cache(blocks), BlockPool(blocks)
         self.prefix = PrefixCache(self.pool, self.cache, self._disk(), options.prefix_cache)
         enter, copy = self._enter, self.cache.copy
@@ -59,6 +60,8 @@ class Core:
         with self.heartbeat:
             began = time.perf_counter()
             ended = self._expire()
+            for request in [request for request in self.scheduler.running if request.done]:
+                self._leave(request)  # an interrupted step may leave them behind
             works = self.scheduler.plan()
             if self.drafter is not None and self.options.adaptive and self.pace.plain_turn():
                 works = [_without_drafts(work) for work in works]
@@ -73,7 +76,8 @@ class Core:
         """End a request now, whether it waits or runs; its blocks are free at once."""
         if not request.done:
             request.finish(reason, error)
-        self._leave(request)
+        if request in self.scheduler.running or request in self.scheduler.waiting:
+            self._leave(request)
 
     def refresh(self) -> None:
         """As `Engine.refresh`."""
@@ -112,15 +116,17 @@ class Core:
         began = time.perf_counter()
         try:
             hidden = self.runner.hidden(works)
-            lines, rows = self._due(works, hidden)
+            sound = self._sound(works, hidden)
+            lines, rows = self._due(sound, hidden)
             logits_NV = self.runner.logits(torch.cat(rows)) if rows else None
         except Exception as error:
             return self._isolate(works, error)
+        lines += self._forked(lines)
         if logits_NV is not None:
             self.runner.choose(lines, logits_NV)
-        self._keep(works, lines)
+        self._keep(sound, lines)
         passed = time.perf_counter()
-        self._draft(works, hidden)
+        self._draft(sound, hidden)
         self._measure(works, passed - began, time.perf_counter() - passed)
         moved = [line.request for line in lines]
         moved += [work.request for work in works if work.request.done and work.request not in moved]
@@ -129,39 +135,51 @@ class Core:
                 self._leave(request)
         return moved
 
+    def _sound(self, works: Sequence[Work], hidden: dict[Request, Tensor]) -> list[Work]:
+        """The work whose numbers are finite; the others' requests end, or go on without the guess that did it."""
+        if torch.stack([hidden_ND.isfinite().all() for hidden_ND in hidden.values()]).all():
+            return list(works)
+        sound = []
+        for work in works:
+            if hidden[work.request].isfinite().all():
+                sound.append(work)
+            elif work.request.drafts:
+                self._scrub(work.request)
+                work.request.speculating = False
+                self.scheduler.requeue(work.request)
+            else:
+                self._scrub(work.request)
+                work.request.finish("error", "the model's numbers are not finite: its weights are damaged or overflow")
+        return sound
+
     def _due(self, works: Sequence[Work], hidden: dict[Request, Tensor]) -> tuple[list[Line], list[Tensor]]:
-        """The requests whose last token was in this pass, followers that go on from it, and the rows they need."""
+        """The requests whose last token was in this pass, and the rows of hidden states that their next ones need."""
         lines: list[Line] = []
         rows: list[Tensor] = []
         first = 0
         for work in works:
             request, hidden_ND = work.request, hidden[work.request]
-            request.suspect = False
-            if not hidden_ND.isfinite().all():
-                self._fail(request)
-                continue
             self.runner.observe_prompt(work, hidden_ND)
             due = work.start + work.count - len(request.ids) + 1
-            if due <= 0:
-                continue
-            rows.append(hidden_ND[work.count - due :])
-            lines.append(Line(request, first, due, len(request.ids)))
-            request.cached = len(request.ids)
-            lines += [Line(other, first, 1, len(other.ids)) for other in self._followers(request)]
-            first += due
+            if due > 0:
+                rows.append(hidden_ND[work.count - due :])
+                lines.append(Line(request, first, due, len(request.ids)))
+                first += due
         return lines, rows
 
-    def _followers(self, leader: Request) -> list[Request]:
-        """Those that wait for the leader's prompt: they share its blocks, or find them later where no row is free."""
-        going = []
-        for request in leader.followers:
-            request.leader = None
-            if not request.done and self.scheduler.fork(leader, request):
-                self.counters.prompt_tokens += request.prompt_tokens
-                self.counters.hit_tokens += request.prompt_tokens
-                going.append(request)
-        leader.followers = []
-        return going
+    def _forked(self, lines: Sequence[Line]) -> list[Line]:
+        """Those that waited for a prompt of these lines: they share its blocks, or find them later."""
+        forked = []
+        for line in lines:
+            leader = line.request
+            for request in leader.followers:
+                request.leader = None
+                if not request.done and self.scheduler.fork(leader, request):
+                    self.counters.prompt_tokens += request.prompt_tokens
+                    self.counters.hit_tokens += request.prompt_tokens
+                    forked.append(Line(request, line.first, 1, len(request.ids)))
+            leader.followers = []
+        return forked
 
     def _keep(self, works: Sequence[Work], lines: Sequence[Line]) -> None:
         """What of the pass stays: of the guesses those that came."""
@@ -181,9 +199,16 @@ class Core:
                 self.prefix.publish(work.request)
 
     def _draft(self, works: Sequence[Work], hidden: dict[Request, Tensor]) -> None:
-        if self.drafter is not None:
-            kept = [(work, work.request.cached - work.start) for work in works if not work.request.done]
+        if self.drafter is None:
+            return
+        kept = [(work, work.request.cached - work.start) for work in works if not work.request.done]
+        try:
             self.drafter.draft([Advance(w.request, w.start, hidden[w.request][:n]) for w, n in kept if n > 0])
+        except Exception as error:  # guesses are not worth a request
+            self.drafter = None
+            for request in self.scheduler.running:
+                request.drafts = []
+            warnings.warn(f"speculation failed and is off from now on ({type(error).__name__}: {error})", stacklevel=2)
 
     def _measure(self, works: Sequence[Work], pass_s: float, draft_s: float) -> None:
         """Learn from a pass that only decoded, and end guessing where it does not pay."""
@@ -195,7 +220,7 @@ class Core:
             request.speculating = self.pace.pays(request, len(works))
 
     def _decoded(self, work: Work) -> bool:
-        return work.start >= work.request.prompt_tokens and not work.request.suspect
+        return work.start >= work.request.prompt_tokens
 
     def _enter(self, request: Request) -> None:
         first = request.hits is None
@@ -214,37 +239,41 @@ class Core:
             self.end(request, "deadline")
         return late
 
-    def _fail(self, request: Request) -> None:
-        """End a request whose numbers are not finite; they must not reach whoever gets its blocks next."""
-        request.finish("error", "the model's numbers are not finite: its weights are damaged or overflow")
+    def _scrub(self, request: Request) -> None:
+        """What is not finite in a request's own blocks must not reach whoever gets them next."""
         for block in request.blocks:
             self.pool.withdraw(block)
         self.cache.clear([block for block in request.blocks if self.pool.references(block) == 1])
         request.keys = []
 
     def _leave(self, request: Request) -> None:
-        self.prefix.keep(request)
-        self.scheduler.remove(request)
-        for follower in request.followers:
-            follower.leader = None
-        request.followers = []
-        self.counters.leave(request.finish_reason)
+        try:
+            self.prefix.keep(request)
+        finally:
+            self.scheduler.remove(request)
+            for follower in request.followers:
+                follower.leader = None
+            request.followers = []
+            self.counters.leave(request.finish_reason, self.busy)
 
     def _isolate(self, works: Sequence[Work], error: Exception) -> list[Request]:
-        """After a pass that failed: the one request in it ends, or each is computed again, alone."""
+        """After a pass that failed: the one request in it ends, or each is computed again, alone up to that point."""
+        for work in works:
+            self._scrub(work.request)
         if len(works) == 1:
             self.end(works[0].request, "error", f"{type(error).__name__}: {error}".splitlines()[0])
             return [works[0].request]
         for work in works:
-            work.request.suspect = True
-            self.scheduler.requeue(work.request)
+            work.request.alone_until = work.start + work.count
+            if work.request in self.scheduler.running:
+                self.scheduler.requeue(work.request)
         return []
 
     def _disk(self) -> DiskCache | None:
         folder, options = self.options.prefix_folder, self.options
         if folder is None:
             return None
-        name = fingerprint(self.model, f"{options.cache_format} {self.cache.layers} {BLOCK}")
+        name = fingerprint(self.model, f"{options.cache_format} {options.batch_invariant} {self.cache.layers} {BLOCK}")
         return DiskCache(folder, name, self.cache.block_bytes, options.prefix_limit)
 
 

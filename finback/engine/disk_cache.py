@@ -102,18 +102,20 @@ class DiskCache:
         self._counters.misses += 1
         return None
 
-    def put(self, key: bytes, payload: Tensor) -> None:
-        """Keep a copy of `payload` (uint8 [block_bytes], CPU). Returns at once; drops it where the queue is full."""
+    def put(self, key: bytes, payload: Tensor) -> bool:
+        """Keep a copy of `payload` (uint8 [block_bytes], CPU). Returns at once; False where it was dropped."""
         assert len(key) == 32 and payload.dtype == torch.uint8 and payload.shape == (self.block_bytes,)
         if key in self._waiting or _touch(self._own / key.hex()):
-            return
+            return True
         self._waiting[key] = payload.clone()
         try:
             if self._closed:
                 raise Full
             self._todo.put_nowait(key)
+            return True
         except Full:
             self._drop(key)
+            return False
 
     def flush(self) -> None:
         """Wait until all that was put is written or dropped."""

@@ -9,7 +9,7 @@ from finback.engine.blocks import BLOCK
 from finback.engine.core import Core
 from finback.engine.grammar import Grammars
 from finback.engine.options import Options
-from finback.engine.params import Sampling
+from finback.engine.params import Sampling, check, whole
 from finback.engine.request import Completion, Delta, Request, Wishes
 from finback.engine.speculate import Drafter
 from finback.engine.stats import Heartbeat, Stats
@@ -78,9 +78,10 @@ class Engine:
         others are `request.followers`. wishes: see `Wishes`. Raises UserError for a prompt or sampling this model
         cannot serve, QueueFull where more may not wait.
         """
+        check("n", n, "a whole number, at least 1", whole(n, 1))
         self._check_queue(n, 0)
         request, *others = self._requests(0, prompt, sampling or Sampling(), think, n, **wishes)
-        self._check_queue(n, len(request.ids))
+        self._check_queue(n, n * len(request.ids))
         for each in (request, *others):
             self.core.add(each)
         return request
@@ -89,7 +90,9 @@ class Engine:
         self, prompt: Prompt, sampling: Sampling | None = None, *, think: bool = True, **wishes: object
     ) -> Iterator[Delta]:
         """The text of one completion, piece by piece; closing the iterator cancels the request. Raises as `submit`."""
+        self._check_queue(1, 0)
         (request,) = self._requests(0, prompt, sampling or Sampling(), think, 1, **wishes)
+        self._check_queue(1, len(request.ids))
         return self._stream(request)
 
     def generate(
@@ -103,8 +106,8 @@ class Engine:
     ) -> Iterator[Completion]:
         """Completions of all prompts as they finish; `.index` tells which prompt. `sampling`: one for all, or one each.
 
-        n: completions of each prompt, told apart by `.choice`. Closing the iterator cancels the rest. Raises as
-        `submit`, before anything runs.
+        n: completions of each prompt, told apart by `.choice`. One that fails has the finish_reason "error" and says
+        why; the others go on. Closing the iterator cancels the rest. Raises as `submit`, before anything runs.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of prompts")
@@ -114,7 +117,7 @@ class Engine:
                 f"sampling has {len(each)} entries for {len(prompts)} prompts; give one for all or one each"
             )
         pairs = enumerate(zip(prompts, each, strict=True))
-        return self._generate(deque(r for i, (p, s) in pairs for r in self._requests(i, p, s, think, n, **wishes)))
+        return self._generate(deque(self._requests(i, p, s, think, n, **wishes) for i, (p, s) in pairs))
 
     def step(self) -> list[Request]:
         """Let waiting requests join, and advance the running ones; returns those that got tokens or ended."""
@@ -122,8 +125,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request now, whether it waits or runs; its blocks are free at once."""
-        if not request.done:
-            self.core.end(request, "cancelled")
+        self.core.end(request, "cancelled")
 
     def refresh(self) -> None:
         """Call after the weights changed: nothing computed with the old ones is used again, and no request is lost."""
@@ -142,25 +144,28 @@ class Engine:
         waiting, retry_s = len(queue.waiting), self.core.counters.retry_after()
         free = max(0, self.max_batch - len(queue.running))
         if limits.max_queue is not None and waiting + requests > limits.max_queue + free:
+            if requests > limits.max_queue + self.max_batch:
+                raise UserError(
+                    f"n is {requests}; max_queue {limits.max_queue} and max_batch {self.max_batch} allow less"
+                )
             text = f"{waiting} requests wait already, max_queue is {limits.max_queue}; try again later"
             raise QueueFull(text, retry_s)
         most = limits.max_queue_tokens
         if most is not None and queue.waiting and queue.waiting_tokens + tokens > most:
-            text = f"{queue.waiting_tokens} prompt tokens wait already, this prompt has {tokens}"
+            text = f"{queue.waiting_tokens} prompt tokens wait already, this request has {tokens}"
             raise QueueFull(f"{text}, max_queue_tokens is {most}; try again later", retry_s)
 
     def _requests(
         self, index: int, prompt: Prompt, sampling: Sampling, think: bool, n: int, **wishes: object
     ) -> list[Request]:
         """A request, and those that follow it with the same prompt."""
-        if not isinstance(n, int) or n < 1:
-            raise UserError(f"n is {n!r}; it must be a whole number, at least 1")
+        check("n", n, "a whole number, at least 1", whole(n, 1))
         ids = self._ids(prompt, think)
         if sampling.stop and self.tokenizer is None:
             raise UserError("stop is given as text and this engine has no tokenizer; use stop_ids")
         sampling.check_ids(self.model.config.vocab_size)
         limit = self._limit(ids, sampling)
-        asked = Wishes(**wishes)  # type: ignore[arg-type]
+        asked = Wishes.of(wishes)
         made = []
         for choice in range(asked.choice, asked.choice + n):
             grammar = None if sampling.grammar is None else self._grammar().start(sampling.grammar)
@@ -217,33 +222,27 @@ class Engine:
             while not request.done:
                 self.step()
                 delta = request.take()
-                if delta.completion is not None:
-                    _check(delta.completion)
+                if delta.completion is not None and delta.completion.error is not None:
+                    raise UserError(delta.completion.error)
                 if any(delta):
                     yield delta
         finally:
             self.cancel(request)
 
-    def _generate(self, queue: deque[Request]) -> Iterator[Completion]:
+    def _generate(self, groups: deque[list[Request]]) -> Iterator[Completion]:
         active: list[Request] = []
         try:
-            while queue or active:
+            while groups or active:
                 # A second batch waits, so that a row that becomes free is taken in the next step.
-                while queue and len(active) < 2 * self.max_batch:
-                    active.append(queue.popleft())
-                    self.core.add(active[-1])
+                while groups and len(active) < 2 * self.max_batch:
+                    for request in groups.popleft():
+                        active.append(request)
+                        self.core.add(request)
                 self.step()
                 finished = [request for request in active if request.done]
                 active = [request for request in active if not request.done]
                 for request in finished:
-                    yield _check(request.completion())
+                    yield request.completion()
         finally:
             for request in active:
                 self.cancel(request)
-
-
-def _check(completion: Completion) -> Completion:
-    """Raise UserError for a request that failed: who waits for its text must learn it."""
-    if completion.finish_reason == "error":
-        raise UserError(str(completion.error))
-    return completion

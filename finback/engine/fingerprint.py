@@ -6,6 +6,8 @@ import json
 import torch
 from torch import Tensor, nn
 
+from finback.model.weight import Weight
+
 _COLUMNS = 256
 _CHUNK = 512 * _COLUMNS  # words of 8 bytes: 1 MiB, which the second sum still finds in cache
 
@@ -24,6 +26,12 @@ def fingerprint(model: nn.Module, extra: str = "") -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         _add_bytes(digest, tensor.detach())
+    for name, module in model.named_modules():
+        if isinstance(module, Weight) and not [*module.parameters(), *module.buffers()]:  # it stays on disk
+            for index, tensors in module.pieces():
+                for part, tensor in tensors.items():
+                    digest.update(json.dumps([name, index, part, list(tensor.shape), str(tensor.dtype)]).encode())
+                    _add_bytes(digest, tensor.detach())
     return digest.hexdigest()
 
 

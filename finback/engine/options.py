@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from finback import machine
 from finback.engine.blocks import BLOCK
+from finback.engine.cache import PagedCache
 from finback.engine.scheduler import Cost
 from finback.engine.speculate import Speculation
 from finback.errors import UserError
@@ -69,12 +72,13 @@ def _at_least(name: str, value: object, least: int) -> None:
         raise UserError(f"{name} is {value!r}; it must be a whole number, at least {least}")
 
 
-def blocks_for(options: Options, block_bytes: int, max_batch: int, context: int) -> int:
-    """How many blocks the cache gets. Raises UserError where the memory given holds none."""
+def blocks_for(options: Options, cache: PagedCache, max_batch: int, context: int) -> int:
+    """How many blocks a cache like this one gets. Raises UserError where the memory given holds none."""
+    block_bytes, device = cache.block_bytes, cache.storage.device
     wanted = max_batch * (-(-context // BLOCK) + 1)  # one more: a shared block is copied before the other is let go
     budget = options.cache_memory
     if budget is None:
-        free = machine.memory_free()
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.memory_free()
         budget = wanted * block_bytes if free is None else int(_SHARE * free)
     if budget < 2 * block_bytes:
         raise UserError(

@@ -13,7 +13,8 @@ from finback.errors import UserError
 class Sampling:
     """How one request is sampled and when it stops. Raises UserError for a value that is not allowed.
 
-    max_tokens: new tokens at most, thinking included; None is the rest of the model's context.
+    max_tokens: new tokens at most, thinking included; None is the rest of the model's context, or of the engine's
+        cache where that holds less.
     temperature: 0 is greedy (ties go to the lowest id); otherwise the logits are divided by it.
     top_p, top_k: keep the smallest set of likely tokens with this total probability, the k likeliest (0: all);
         top_k is applied first, ties go to the lowest id.
@@ -50,30 +51,30 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        _check(
-            "max_tokens", self.max_tokens, "at least 1, or None", self.max_tokens is None or _whole(self.max_tokens, 1)
+        check(
+            "max_tokens", self.max_tokens, "at least 1, or None", self.max_tokens is None or whole(self.max_tokens, 1)
         )
-        _check("temperature", self.temperature, "at least 0", _number(self.temperature) and self.temperature >= 0)
-        _check("top_p", self.top_p, "above 0 and at most 1", _number(self.top_p) and 0 < self.top_p <= 1)
-        _check("top_k", self.top_k, "a whole number, 0 for all tokens", _whole(self.top_k, 0))
-        fits = self.seed is None or (_whole(self.seed, -(2**63)) and self.seed < 2**63)
-        _check("seed", self.seed, "a whole number of 64 bits, or None", fits)
-        _check("stop", self.stop, "strings that are not empty", all(isinstance(s, str) and s for s in self.stop))
-        _check("stop_ids", self.stop_ids, "token ids", all(_whole(i, 0) for i in self.stop_ids))
-        _check("logprobs", self.logprobs, "a whole number", _whole(self.logprobs, 0))
-        _check("min_p", self.min_p, "0 to 1", _within(self.min_p, 0, 1))
+        check("temperature", self.temperature, "at least 0", number(self.temperature) and self.temperature >= 0)
+        check("top_p", self.top_p, "above 0 and at most 1", number(self.top_p) and 0 < self.top_p <= 1)
+        check("top_k", self.top_k, "a whole number, 0 for all tokens", whole(self.top_k, 0))
+        fits = self.seed is None or (whole(self.seed, -(2**63)) and self.seed < 2**63)
+        check("seed", self.seed, "a whole number of 64 bits, or None", fits)
+        check("stop", self.stop, "strings that are not empty", all(isinstance(s, str) and s for s in self.stop))
+        check("stop_ids", self.stop_ids, "token ids", all(whole(i, 0) for i in self.stop_ids))
+        check("logprobs", self.logprobs, "a whole number", whole(self.logprobs, 0))
+        check("min_p", self.min_p, "0 to 1", _within(self.min_p, 0, 1))
         # The bounds keep every logit of float32 finite in float64.
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, "0.01 to 100, 1 for none", _within(penalty, 0.01, 100))
-        _check("presence_penalty", self.presence_penalty, "-2 to 2", _within(self.presence_penalty, -2, 2))
-        _check("frequency_penalty", self.frequency_penalty, "-2 to 2", _within(self.frequency_penalty, -2, 2))
+        check("repetition_penalty", penalty, "0.01 to 100, 1 for none", _within(penalty, 0.01, 100))
+        check("presence_penalty", self.presence_penalty, "-2 to 2", _within(self.presence_penalty, -2, 2))
+        check("frequency_penalty", self.frequency_penalty, "-2 to 2", _within(self.frequency_penalty, -2, 2))
         bias = self.logit_bias
-        fits = isinstance(bias, Mapping) and all(_whole(i, 0) and _within(b, -100, 100) for i, b in bias.items())
-        _check("logit_bias", bias, "token ids, each with a number from -100 to 100", fits)
+        fits = isinstance(bias, Mapping) and all(whole(i, 0) and _within(b, -100, 100) for i, b in bias.items())
+        check("logit_bias", bias, "token ids, each with a number from -100 to 100", fits)
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(bias)))
         budget = self.thinking_tokens
-        _check("thinking_tokens", budget, "a whole number, or None", budget is None or _whole(budget, 0))
-        _check("grammar", self.grammar, "a Grammar, or None", self.grammar is None or isinstance(self.grammar, Grammar))
+        check("thinking_tokens", budget, "a whole number, or None", budget is None or whole(budget, 0))
+        check("grammar", self.grammar, "a Grammar, or None", self.grammar is None or isinstance(self.grammar, Grammar))
 
     @property
     def penalised(self) -> bool:
@@ -88,18 +89,21 @@ class Sampling:
                 raise UserError(f"{name} has token id {wrong}; this model's ids are 0 to {vocab_size - 1}")
 
 
-def _check(name: str, value: object, allowed: str, ok: bool) -> None:
+def check(name: str, value: object, allowed: str, ok: bool) -> None:
+    """Raise UserError for a setting that is not as it must be."""
     if not ok:
         raise UserError(f"{name} is {value!r}; it must be {allowed}")
 
 
-def _whole(value: object, low: int) -> bool:
+def whole(value: object, low: int) -> bool:
+    """Whether this is an int, no bool, and at least `low`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
-def _number(value: object) -> bool:
+def number(value: object) -> bool:
+    """Whether this is a finite number, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _within(value: float, low: float, high: float) -> bool:
-    return _number(value) and low <= value <= high
+    return number(value) and low <= value <= high

@@ -15,7 +15,7 @@ class PrefixCache:
     def enter(self, request: Request) -> None:
         """Give a request the blocks that its ids begin with; its last token is always left to be computed."""
         key = root_key(request.wishes.tenant)
-        while self.enabled and not request.wishes.whole:
+        while self.enabled and not request.wishes.needs_whole_prompt:
             start = len(request.blocks) * BLOCK
             ids = request.ids[start : start + BLOCK]
             if len(ids) < BLOCK:
@@ -44,8 +44,8 @@ class PrefixCache:
         """Copy the blocks of a request that ends to disk."""
         if self.disk is not None:
             for key, block in zip(request.keys, request.blocks, strict=False):
-                if key not in self.disk:
-                    self.disk.put(key, self.cache.payload(block))
+                if key not in self.disk and not self.disk.put(key, self.cache.payload(block)):
+                    return  # the disk is behind; what follows would be dropped too
 
     def _find(self, key: bytes) -> int | None:
         block = self.pool.find(key)

@@ -1,17 +1,18 @@
 """One request on its way through the engine, and the completion it becomes."""
 
-from collections.abc import Set
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finback.engine.grammar import GrammarState
-from finback.engine.params import Sampling
+from finback.engine.params import Sampling, check, number, whole
 from finback.engine.sampling import Choice, History, Row, draw_seed
 from finback.engine.transcript import Transcript
+from finback.errors import UserError
 from finback.model import Routing
 from finback.text import Tokenizer
 
@@ -76,8 +77,24 @@ class Wishes:
     prompt_logprobs: bool = False
     embedding: bool = False
 
+    def __post_init__(self) -> None:
+        check("choice", self.choice, "a whole number, at least 0", whole(self.choice, 0))
+        check("tenant", self.tenant, "text", isinstance(self.tenant, str))
+        fits = self.deadline_s is None or (number(self.deadline_s) and self.deadline_s >= 0)
+        check("deadline_s", self.deadline_s, "seconds, at least 0, or None", fits)
+        for name in ("routing", "prompt_logprobs", "embedding"):
+            check(name, getattr(self, name), "True or False", isinstance(getattr(self, name), bool))
+
+    @classmethod
+    def of(cls, wishes: Mapping[str, Any]) -> "Wishes":
+        """From keyword arguments. Raises UserError for one that there is not."""
+        if unknown := wishes.keys() - {field.name for field in fields(cls)}:
+            known = ", ".join(field.name for field in fields(cls))
+            raise UserError(f"{sorted(unknown)[0]} is nothing that a request can ask for; there are {known}")
+        return cls(**wishes)
+
     @property
-    def whole(self) -> bool:
+    def needs_whole_prompt(self) -> bool:
         """Whether the prompt must be computed even where its beginning is in the cache."""
         return self.routing or self.prompt_logprobs or self.embedding
 
@@ -115,7 +132,7 @@ class Request:
         self.speculating = True
         self.leader: Request | None = None  # whose prompt is the same and is computed first
         self.followers: list[Request] = []  # that wait for it
-        self.suspect = False  # a pass with it failed: it runs alone until one succeeds
+        self.alone_until = 0  # a pass with it failed: it runs alone until so many tokens are computed
         self.choices: list[Choice] = []
         self.routing: list[tuple[int, Routing]] | None = [] if wishes.routing else None  # of each pass, with its start
         self.prompt_logprobs: list[float] | None = [] if wishes.prompt_logprobs else None
@@ -134,8 +151,18 @@ class Request:
         return self.finish_reason is not None
 
     @property
+    def suspect(self) -> bool:
+        """Whether it must run alone: a pass with it has failed."""
+        return self.cached < self.alone_until
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its prompt is computed and only its last token is not."""
+        return self.pending == 1 and self.cached >= self.prompt_tokens
+
+    @property
     def pending(self) -> int:
-        """Tokens that have no entries yet, drafts left out: 1 while it decodes."""
+        """Tokens that have no entries yet, drafts left out; at least 1."""
         return len(self.ids) - self.cached
 
     def sequence(self, start: int, count: int) -> list[int]:
@@ -175,6 +202,7 @@ class Request:
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the request here, with the text it has."""
         self.finish_reason, self.error = reason, error
+        self.ngrams.clear()
         if self._transcript is not None:
             self._transcript.close()
 
@@ -186,7 +214,7 @@ class Request:
     def follow(self, leader: "Request") -> None:
         """Go on from the leader's computed prompt; what was learned from it is this one's too."""
         self.blocks, self.keys = list(leader.blocks), list(leader.keys)
-        self.cached = self.hits = leader.cached
+        self.cached, self.hits = len(leader.ids) - 1, len(leader.ids)
         if self.routing is not None:
             self.routing = list(leader.routing or ())
         if self.prompt_logprobs is not None:

@@ -107,7 +107,7 @@ class Scheduler:
         insort(self.waiting, request, key=lambda other: other.arrival)
 
     def fork(self, leader: Request, request: Request) -> bool:
-        """Let a waiting request go on from its leader's computed prompt; False where there is no row for it."""
+        """Let a request that waits go on from its leader's computed prompt; False where there is no row for it."""
         if len(self.running) == self.max_batch:
             return False
         self.waiting.remove(request)
@@ -124,7 +124,7 @@ class Scheduler:
             return self._alone(suspects[0])
         works = []
         for request in list(self.running):
-            if request in self.running and self._decodes(request):
+            if request in self.running and request.decoding:
                 if request.drafts and not self._reserve(request, 1 + len(request.drafts)):
                     request.drafts = []
                 if request.drafts or self._reserve(request, 1, force=True):
@@ -146,7 +146,7 @@ class Scheduler:
     def _prompts(self, budget: float) -> list[Work]:
         """Chunks of prompts, the shortest rest first."""
         self._join()
-        rest = [request for request in self.running if not self._decodes(request)]
+        rest = [request for request in self.running if not request.decoding]
         if not rest:
             self._passed_over = 0
             return []
@@ -171,9 +171,6 @@ class Scheduler:
         self._passed_over = 0 if served else self._passed_over + 1
         return works
 
-    def _decodes(self, request: Request) -> bool:
-        return request.pending == 1 and request.cached >= request.prompt_tokens
-
     def _join(self) -> None:
         """Admit waiting requests in order of arrival, while there are rows, and blocks for all they have."""
         for request in list(self.waiting):
@@ -181,8 +178,8 @@ class Scheduler:
                 return
             if request.leader is not None:
                 continue
-            needed = -(-(len(request.ids) + 1) // BLOCK)
-            if self.running and needed > self.pool.available:
+            promised = sum(max(0, _blocks(other) - len(other.blocks)) for other in self.running)
+            if self.running and _blocks(request) > self.pool.available - promised:
                 return
             self._admit(request)
 
@@ -224,3 +221,8 @@ class Scheduler:
         for block in reversed(request.blocks):
             self.pool.release(block)
         request.blocks, request.keys = [], []
+
+
+def _blocks(request: Request) -> int:
+    """Blocks for all that a request has, and its next token."""
+    return -(-(len(request.ids) + 1) // BLOCK)

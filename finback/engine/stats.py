@@ -18,7 +18,8 @@ class Stats:
 
     waiting, running: requests; waiting_tokens: prompt tokens not begun. blocks_used: held by requests; blocks_kept: of
     prompts that may come again. prompt_tokens: of all prompts begun; hit_tokens: those found in the cache.
-    drafted, accepted: of speculation. heartbeat_s: since a step last ended, or since the running one began.
+    drafted, accepted: of speculation. heartbeat_s: since a step last ended, or since the running one began; it grows
+    while nothing is to do.
     retry_after_s: when a place in a full queue will be free, by the rate of the last requests.
     expert_hit_rate: of experts kept on disk, None where all are in memory. refresh_s: of the last `refresh`.
     """
@@ -82,9 +83,12 @@ class Counters:
         self.generated_tokens += tokens
         self.recent.append((seconds, tokens))
 
-    def leave(self, reason: str | None) -> None:
-        """A request has ended."""
-        self.ends.append(time.monotonic())
+    def leave(self, reason: str | None, busy: bool) -> None:
+        """A request has ended; `busy`: others go on. Idle time is no measure of how fast they leave."""
+        if busy:
+            self.ends.append(time.monotonic())
+        else:
+            self.ends.clear()
         self.finished += reason in ("stop", "length")
         self.cancelled += reason in ("cancelled", "deadline")
         self.failed += reason == "error"
@@ -162,7 +166,10 @@ class Watchdog:
             began, running = self._heartbeat.began, self._heartbeat.running_s
             if began is not None and began != told and running > self._limit_s:
                 told = began
-                self._on_stall(running)
+                try:
+                    self._on_stall(running)
+                except Exception as error:  # the watch goes on
+                    print(f"finback: the watchdog's own action failed ({error!r})", file=sys.stderr, flush=True)
 
 
 def _dump(seconds: float) -> None:

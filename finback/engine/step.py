@@ -56,7 +56,8 @@ class Runner:
         """Scores [N, V], float32."""
         with dispatch.fixed_order(self.invariant):
             if self.invariant:
-                return torch.cat([self.model.decoder.logits(row_1D) for row_1D in hidden_ND.split(1)])
+                # Copies: where a row lies in memory changes the last bits of its products.
+                return torch.cat([self.model.decoder.logits(row_1D.clone()) for row_1D in hidden_ND.split(1)])
             return self.model.decoder.logits(hidden_ND)
 
     def choose(self, lines: Sequence[Line], logits_NV: Tensor) -> None:

@@ -84,6 +84,8 @@ def _grade(engine: Engine, problems: Sequence[Problem], think: bool, max_tokens:
     right = 0
     with bar(len(problems), "problems") as progress:
         for completion in engine.generate(prompts, sampling):
+            if completion.error is not None:
+                raise UserError(completion.error)
             problem = problems[completion.index]
             correct = verify(problem, completion.text)
             graded[completion.index] = (problem, completion, correct)

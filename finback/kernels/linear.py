@@ -14,11 +14,12 @@ _WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in]ᵀ."""
     if x.dtype == torch.bfloat16 and x.numel() <= FEW * x.shape[-1] and _free(x, weight):
+        before = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(False)
         try:
             return F.linear(x, weight)
         finally:
-            torch._C._set_mkldnn_enabled(True)
+            torch._C._set_mkldnn_enabled(before)
     return F.linear(x, weight)
 
 
