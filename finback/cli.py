@@ -12,19 +12,23 @@ from typer.core import TyperGroup
 from finback import __version__, cli_bench, cli_models, terminal
 from finback.cli_models import Json
 from finback.cli_options import (
+    CacheFormat,
     Dtype,
     ExpertMemory,
     Force,
     MaxTokens,
     Model,
+    PrefixCache,
     Quantize,
     Seed,
+    Speculate,
     Temperature,
     Think,
+    ThinkingTokens,
     expert_bytes,
 )
 from finback.errors import UserError
-from finback.paths import DEFAULT_MODEL
+from finback.paths import DEFAULT_MODEL, prefix_folder
 
 if TYPE_CHECKING:
     from finback.engine import Engine, Sampling
@@ -88,6 +92,10 @@ def ask(
     quantize: Quantize = None,
     force: Force = False,
     expert_memory: ExpertMemory = None,
+    thinking_tokens: ThinkingTokens = None,
+    speculate: Speculate = "off",
+    cache_format: CacheFormat = None,
+    prefix_cache: PrefixCache = False,
     json: Json = False,
 ) -> None:
     """Ask one question. The answer goes to stdout, the thinking to stderr.
@@ -98,15 +106,19 @@ def ask(
     if not text.strip():
         raise UserError("the question is empty; give it as text, or as - and send it to standard input")
     options = {"dtype": dtype, "quantize": quantize, "force": force, "expert_memory": expert_memory}
-    engine, sampling = _open(model, max_tokens, temperature, seed, options)
+    asked = {"temperature": temperature, "thinking_tokens": thinking_tokens}
+    generation = {"speculate": speculate, "cache_format": cache_format}
+    engine, sampling = _open(model, max_tokens, seed, asked, options, generation, prefix_cache)
     messages: list[Message] = [{"role": "user", "content": text}]
     stream = engine.stream(messages, sampling, think=think)
     if not json:
         if terminal.speak(stream).finish_reason == "length":
             terminal.note("(cut off: --max-tokens or the model's context is reached)")
+        engine.close()
         terminal.note_experts(engine.model.expert_cache)
         return
     *_, last = stream
+    engine.close()
     done = last.completion
     assert done is not None, "the last piece of a stream carries its completion"
     result: dict[str, Any] = {
@@ -115,7 +127,11 @@ def ask(
         "finish_reason": done.finish_reason,
         "prompt_tokens": done.prompt_tokens,
         "completion_tokens": len(done.token_ids),
+        "reasoning_tokens": done.reasoning_tokens,
+        "cached_tokens": done.cached_tokens,
     }
+    if done.drafted:
+        result |= {"drafted": done.drafted, "accepted": done.accepted}
     if engine.model.expert_cache is not None:
         result["experts"] = engine.model.expert_cache.stats()
     terminal.print_json(result)
@@ -132,13 +148,19 @@ def chat(
     quantize: Quantize = None,
     force: Force = False,
     expert_memory: ExpertMemory = None,
+    thinking_tokens: ThinkingTokens = None,
+    speculate: Speculate = "off",
+    cache_format: CacheFormat = None,
+    prefix_cache: PrefixCache = False,
 ) -> None:
     """Talk with a model. Standard input may be a pipe: each line is one turn.
 
     Example: finback chat --no-think
     """
     options = {"dtype": dtype, "quantize": quantize, "force": force, "expert_memory": expert_memory}
-    engine, sampling = _open(model, max_tokens, temperature, seed, options)
+    asked = {"temperature": temperature, "thinking_tokens": thinking_tokens}
+    generation = {"speculate": speculate, "cache_format": cache_format}
+    engine, sampling = _open(model, max_tokens, seed, asked, options, generation, prefix_cache)
     if sys.stdin.isatty():
         terminal.note(f"{model}, offline. /help lists the commands; Ctrl-D leaves.")
     terminal.converse(
@@ -147,6 +169,7 @@ def chat(
         think,
         engine.context,
     )
+    engine.close()
     terminal.note_experts(engine.model.expert_cache)
 
 
@@ -270,21 +293,27 @@ def doctor(json: Json = False) -> None:
 
 
 def _open(
-    model: str, max_tokens: int | None, temperature: float | None, seed: int, options: dict[str, Any]
+    model: str,
+    max_tokens: int | None,
+    seed: int,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+    generation: dict[str, Any],
+    prefix_cache: bool,
 ) -> "tuple[Engine, Sampling]":
-    """An engine for one conversation, and how it samples."""
+    """An engine for one conversation, and how it samples: as `asked`, else as the model's own settings say."""
     from finback.about import default_dtype, sampling_defaults
-    from finback.engine import Engine, Sampling
+    from finback.engine import Engine, Options, Sampling
     from finback.weights import load, load_tokenizer
 
-    settings = sampling_defaults(model)
-    if temperature is not None:
-        settings["temperature"] = temperature
+    settings = sampling_defaults(model) | {name: value for name, value in asked.items() if value is not None}
     sampling = Sampling(max_tokens=max_tokens, seed=seed, **settings)
+    how = Options(**generation, prefix_folder=prefix_folder() if prefix_cache else None)
     dtype = options.pop("dtype") or default_dtype(model)
     options["expert_memory"] = expert_bytes(options["expert_memory"])
     context = _CONTEXT if max_tokens is None else max_tokens + _CONTEXT // 4
-    return Engine(load(model, dtype, context=context, **options), load_tokenizer(model), max_batch=1), sampling
+    loaded = load(model, dtype, context=context, **options)
+    return Engine(loaded, load_tokenizer(model), max_batch=1, options=how), sampling
 
 
 def main() -> None:

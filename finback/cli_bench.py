@@ -1,13 +1,23 @@
 """`finback bench`: how fast a model runs here, beside what this machine allows."""
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finback import terminal
 from finback.cli_models import Json
-from finback.cli_options import Dtype, ExpertMemory, Force, Model, Quantize, Seed, expert_bytes
+from finback.cli_options import (
+    CacheFormat,
+    Dtype,
+    ExpertMemory,
+    Force,
+    Model,
+    Quantize,
+    Seed,
+    Speculate,
+    expert_bytes,
+)
 from finback.errors import UserError
 from finback.paths import DEFAULT_MODEL
 
@@ -19,11 +29,6 @@ if TYPE_CHECKING:
 _OPEN_REQUESTS = 32
 _LIMITS_S = 2.0  # for measuring the machine
 _QUIET = 1.25  # best over median: above, somebody else uses the machine
-
-Speculate = Annotated[Literal["off", "auto", "mtp", "ngram"], typer.Option(help="Guess tokens ahead.")]
-CacheFormat = Annotated[
-    Literal["bfloat16", "float32", "int8", "fp8"] | None, typer.Option(help="[default: entries as they are computed]")
-]
 
 
 def bench(

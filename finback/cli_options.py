@@ -30,6 +30,16 @@ ExpertMemory = Annotated[
         help="Leave the routed experts on disk, at most so much of them in memory: 4GiB. [default: all in memory]",
     ),
 ]
+Speculate = Annotated[Literal["off", "auto", "mtp", "ngram"], typer.Option(help="Guess tokens ahead.")]
+CacheFormat = Annotated[
+    Literal["bfloat16", "float32", "int8", "fp8"] | None, typer.Option(help="[default: entries as they are computed]")
+]
+ThinkingTokens = Annotated[
+    int | None, typer.Option(help="Tokens of thinking at most; then the answer. [default: no limit of its own]")
+]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache", help="Keep what is computed of prompts on disk for the next time.")
+]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 
 

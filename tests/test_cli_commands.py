@@ -24,7 +24,10 @@ COMMANDS = [
     ["tasks", "list"],
     ["tasks", "sample"],
 ]
-ASK_KEYS = ["answer", "reasoning", "finish_reason", "prompt_tokens", "completion_tokens"]
+ASK_KEYS = [
+    *("answer", "reasoning", "finish_reason", "prompt_tokens", "completion_tokens"),
+    *("reasoning_tokens", "cached_tokens"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,30 @@ def asked(finback, *arguments: object, stdin: str = "") -> dict:
     result = finback("ask", *arguments, "--max-tokens", 30, "--json", stdin=stdin)
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
+
+
+def test_prompts_are_kept_on_disk_only_where_that_is_asked_for(finback, homes):
+    question = "Which is larger, 9.9 or 9.11?"
+    assert [asked(finback, question)["cached_tokens"] for _ in range(2)] == [0, 0]
+    assert not (homes / "prefix").exists()
+    told = [asked(finback, question, "--prefix-cache") for _ in range(2)]
+    assert [reply["cached_tokens"] for reply in told] == [0, 16]
+    assert told[0]["answer"] == told[1]["answer"]
+    assert finback("rm", "--prefix-cache", "--yes").exit_code == 0
+    assert asked(finback, question, "--prefix-cache")["cached_tokens"] == 0
+
+
+def test_guessing_ahead_is_counted_and_changes_no_answer(finback):
+    question = "Which is larger, 9.9 or 9.11?"
+    plain, guessed = asked(finback, question), asked(finback, question, "--speculate", "mtp")
+    assert "drafted" not in plain and 0 < guessed["accepted"] <= guessed["drafted"]
+    assert guessed["answer"] == plain["answer"]
+
+
+def test_a_thinking_budget_is_kept(finback):
+    assert asked(finback, "Which is larger, 9.9 or 9.11?", "--thinking-tokens", 5)["reasoning_tokens"] == 6
+    refused = finback("ask", "hm", "--thinking-tokens", -1)
+    assert refused.exit_code == 2 and "thinking_tokens is -1" in refused.stderr
 
 
 def test_ask_prints_the_answer_on_stdout_and_the_thinking_on_stderr(finback):
