@@ -4,6 +4,10 @@ from mutations import Mutation
 
 ATTENTION, EXPERTS = "kernels/attention.py", "kernels/experts.py"
 NORM, LOSS, ROTARY = "kernels/norm.py", "kernels/cross_entropy.py", "kernels/rotary.py"
+LATENT, LINEAR, ORDER = "kernels/latent.py", "kernels/linear.py", "kernels/order.py"
+TEST_SERVING = "test_kernels_serving.py"
+TEST_LATENT = f"{TEST_SERVING}::test_latent_attention"
+TEST_FORMS = f"{TEST_SERVING}::test_experts_in_every_form"
 TEST_ATTENTION = "test_kernels.py::test_attention_value_and_gradient"
 TEST_EXPERTS = "test_kernels.py::test_experts_value_and_gradient"
 TEST_NORM = "test_kernels.py::test_rms_norm_value_and_gradient"
@@ -97,17 +101,31 @@ MUTATIONS = [
     ),
     Mutation(
         ROTARY,
-        "memory_format=torch.contiguous_format, copy=True)",
-        "copy=True)",
+        "part = x_N[rows].to(wide_dtype(x), memory_format=torch.contiguous_format, copy=True)",
+        "part = x_N[rows].to(wide_dtype(x), copy=True)",
         ["test_kernels.py::test_rotation_of_a_tensor_in_another_order_of_memory"],
         "numbers that do not lie side by side cannot be seen as complex ones",
     ),
     Mutation(
         ROTARY,
-        "contiguous_format, copy=True)",
-        "contiguous_format)",
+        "part = x_N[rows].to(wide_dtype(x), memory_format=torch.contiguous_format, copy=True)",
+        "part = x_N[rows].to(wide_dtype(x), memory_format=torch.contiguous_format)",
         [TEST_ROTARY],
         "a float32 input is turned in place",
+    ),
+    Mutation(
+        ROTARY,
+        "whole = x.to(wide_dtype(x), memory_format=torch.contiguous_format, copy=True)",
+        "whole = x.to(wide_dtype(x), memory_format=torch.contiguous_format)",
+        [TEST_ROTARY, f"{TEST_SERVING}::test_without_gradients_norm_and_rotation_are_those_with_them"],
+        "a small input is turned in place",
+    ),
+    Mutation(
+        ROTARY,
+        "        return whole.to(x.dtype)\n",
+        "        return whole\n",
+        [f"{TEST_SERVING}::test_without_gradients_norm_and_rotation_are_those_with_them"],
+        "a few tokens are float32 from here on",
     ),
     Mutation(
         LOSS,
@@ -122,5 +140,139 @@ MUTATIONS = [
         "scores.amax(1, keepdim=True).log_()).mean()",
         [TEST_LOSS],
         "a mean where a sum is due: the loss depends on the chunks",
+    ),
+    Mutation(
+        NORM,
+        "return _normed(x, weight, eps)[0].to(dtype)",
+        "return _normed(x, weight, eps)[0]",
+        [f"{TEST_SERVING}::test_without_gradients_norm_and_rotation_are_those_with_them"],
+        "without gradients all is float32 after the first norm",
+    ),
+    Mutation(
+        NORM,
+        "        return _normed(x, weight, eps)[0].to(dtype)",
+        "        return _normed(x, weight, eps)[0].to(x.dtype)",
+        [f"{TEST_SERVING}::test_under_autocast_the_norm_is_in_the_dtype_of_the_next_product"],
+        "under autocast every product converts its input once more",
+    ),
+    Mutation(
+        LATENT,
+        "masked_fill_(mask.logical_not().unsqueeze(1)",
+        "masked_fill_(mask.logical_not()[:, :1].unsqueeze(1)",
+        [TEST_LATENT],
+        "all new tokens of a row see what its first one sees",
+    ),
+    Mutation(
+        LATENT,
+        "query_BRC = query.transpose(1, 2).flatten(1, 2)",
+        "query_BRC = query.flatten(1, 2)",
+        [TEST_LATENT],
+        "heads and tokens change places under the mask",
+    ),
+    Mutation(
+        LATENT,
+        ".to(wide_dtype(query)).mul_(scale)",
+        ".to(wide_dtype(query))",
+        [TEST_LATENT],
+        "scores are not scaled",
+    ),
+    Mutation(
+        LATENT,
+        ".to(wide_dtype(query)).mul_(scale)",
+        ".mul_(scale)",
+        [f"{TEST_SERVING}::test_latent_attention_weighs_in_float32"],
+        "scores and weights are rounded to bfloat16",
+    ),
+    Mutation(
+        LATENT,
+        "    entry = entry.type_as(query)\n",
+        "",
+        [f"{TEST_SERVING}::test_latent_attention_of_a_cache_in_another_dtype"],
+        "a cache of another dtype cannot be read",
+    ),
+    Mutation(
+        LINEAR,
+        "x.numel() <= FEW * x.shape[-1]",
+        "x.numel() < x.shape[-1]",
+        [f"{TEST_SERVING}::test_only_a_few_rows_go_without_onednn"],
+        "a single row takes the way for many: half the speed of decoding",
+    ),
+    Mutation(
+        LINEAR,
+        "x.numel() <= FEW * x.shape[-1]",
+        "x.shape[0] <= FEW",
+        [f"{TEST_SERVING}::test_only_a_few_rows_go_without_onednn"],
+        "a long row of tokens takes the way for few",
+    ),
+    Mutation(
+        LINEAR,
+        "        finally:\n            torch._C._set_mkldnn_enabled(True)",
+        "        finally:\n            pass",
+        [f"{TEST_SERVING}::test_only_a_few_rows_go_without_onednn"],
+        "after one decoded token all products go without oneDNN",
+    ),
+    Mutation(
+        LINEAR,
+        "        try:\n            return F.linear(x, weight)\n"
+        "        finally:\n            torch._C._set_mkldnn_enabled(True)",
+        "        out = F.linear(x, weight)\n        torch._C._set_mkldnn_enabled(True)\n        return out",
+        [f"{TEST_SERVING}::test_onednn_is_on_again_after_a_product_that_raised"],
+        "after one product that raised all go without oneDNN",
+    ),
+    Mutation(
+        LINEAR,
+        "plain and not torch.is_grad_enabled() and",
+        "plain and",
+        [f"{TEST_SERVING}::test_what_may_need_onednn_keeps_it"],
+        "training takes the way of decoding",
+    ),
+    Mutation(
+        EXPERTS,
+        "result[start:end] = down(active[start:end], expert)",
+        "result[start:end] = down(active[: end - start], expert)",
+        [TEST_FORMS],
+        "all experts but the first get the first one's activations",
+    ),
+    Mutation(
+        EXPERTS,
+        "        if start < end:\n",
+        "        if True:\n",
+        [f"{TEST_SERVING}::test_a_stream_asks_for_chosen_experts_only"],
+        "every expert is read from disk, chosen or not",
+    ),
+    Mutation(
+        EXPERTS,
+        'result, per_sample_weights=weights_NK, mode="sum")\n\n\ndef _grouped',
+        'result, mode="sum")\n\n\ndef _grouped',
+        [TEST_FORMS],
+        "without gradients all chosen experts weigh the same",
+    ),
+    Mutation(
+        ORDER,
+        "gate, up = gate_up(x_ND, expert).chunk(2, dim=-1)\n        result = down(F.silu(gate) * up, expert)[token]",
+        "gate, up = gate_up(x_ND[token], expert).chunk(2, dim=-1)\n        result = down(F.silu(gate) * up, expert)",
+        [f"{TEST_SERVING}::test_in_fixed_order_a_rows_bits_do_not_depend_on_the_others"],
+        "the order of an expert's sums depends on how many rows chose it",
+    ),
+    Mutation(
+        ORDER,
+        "weights_NK[token, choice, None]",
+        "weights_NK[token, 0, None]",
+        [TEST_FORMS],
+        "in fixed order every expert weighs as much as the first",
+    ),
+    Mutation(
+        ORDER,
+        "        _fixed = before\n",
+        "        _fixed = False\n",
+        [f"{TEST_SERVING}::test_fixed_order_ends_with_its_block"],
+        "a block inside another ends the fixed order of both",
+    ),
+    Mutation(
+        ORDER,
+        "loop = _all_rows if _fixed else reference.expert_loop",
+        "loop = reference.expert_loop",
+        [f"{TEST_SERVING}::test_in_fixed_order_a_rows_bits_do_not_depend_on_the_others"],
+        "expert by expert, sums depend on the company even in fixed order",
     ),
 ]

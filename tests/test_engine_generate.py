@@ -133,6 +133,23 @@ def test_refresh_recomputes_with_the_new_weights(model):
         assert tail != reference.token_ids[-len(tail) :]
 
 
+def test_refresh_in_the_middle_changes_nothing_about_the_prompt(model):
+    """What is computed again with it goes on beyond its end."""
+    wishes = {"prompt_logprobs": True, "embedding": True}
+    once = next(Engine(model).generate([PROMPTS[2]], GREEDY, **wishes))
+    engine = Engine(model)
+    request = engine.submit(PROMPTS[2], GREEDY, **wishes)
+    for _ in range(10):
+        engine.step()
+    engine.refresh()
+    for _ in range(30):
+        engine.step()
+    again = request.completion()
+    assert again.token_ids == once.token_ids
+    assert again.prompt_logprobs == pytest.approx(once.prompt_logprobs, abs=TOLERANCE)
+    torch.testing.assert_close(again.embedding, once.embedding, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_a_model_in_training_mode_is_left_as_it_was(model):
     training = tiny_model(CONFIG).train()
     assert [c.token_ids for c in run(training, PROMPTS, GREEDY)] == [c.token_ids for c in run(model, PROMPTS, GREEDY)]

@@ -56,6 +56,7 @@ def test_a_prompt_that_is_all_there_computes_one_token_or_the_last_block(length,
     assert seen[0] == (1 if length % BLOCK == 0 else length % BLOCK)
     assert again.token_ids == first.token_ids
     assert all(torch.equal(engine.core.cache.payload(block), payload) for block, payload in held.items())
+    assert engine.core.pool.used == 0
 
 
 def test_tenants_do_not_find_each_others_prefixes():
@@ -74,6 +75,14 @@ def test_the_longest_unused_prefix_goes_first():
     next(engine.generate(prompts[2:], short))
     assert next(engine.generate(prompts[:1], short)).cached_tokens == 48
     assert next(engine.generate(prompts[1:2], short)).cached_tokens < 48
+
+
+def test_the_end_of_a_prefix_goes_before_its_beginning():
+    """Three blocks are kept and three free; the next prompt takes four."""
+    engine = Engine(MODEL, options=Options(cache_memory=6 * BLOCK_BYTES))
+    short = Sampling(max_tokens=2, temperature=0, ignore_eos=True)
+    hits = [next(engine.generate([p], short)).cached_tokens for p in (FIRST, tokens(50, seed=12).tolist(), FIRST)]
+    assert hits == [0, 0, 32]
 
 
 def test_it_can_be_turned_off():
@@ -174,10 +183,19 @@ def test_n_completions_compute_their_prompt_once(monkeypatch):
     done = sorted(engine.generate([FIRST], sampling, n=4), key=lambda c: c.choice)
     assert seen[0] == 50 and seen[1] == 4
     assert [c.choice for c in done] == [0, 1, 2, 3]
+    assert (engine.stats().prompt_tokens, engine.stats().hit_tokens) == (200, 150)
     assert done[0].cached_tokens == 0 and all(c.cached_tokens == 50 for c in done[1:])
     for completion in done:
         alone = next(Engine(MODEL).generate([FIRST], sampling, choice=completion.choice))
         assert completion.token_ids == alone.token_ids
+
+
+def test_n_completions_of_several_prompts_begin_with_their_own():
+    sampling = Sampling(max_tokens=5, temperature=1, ignore_eos=True)
+    prompts = [FIRST, tokens(20, seed=3).tolist()]
+    for completion in Engine(MODEL, max_batch=4).generate(prompts, sampling, n=2):
+        alone = Engine(MODEL).generate([prompts[completion.index]], sampling, choice=completion.choice)
+        assert completion.token_ids == next(alone).token_ids
 
 
 @pytest.mark.parametrize("rows", [2, 4])

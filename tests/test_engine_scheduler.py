@@ -98,6 +98,7 @@ def test_a_full_cache_preempts_the_last_and_loses_nothing():
     each = [Sampling(max_tokens=80, temperature=1, seed=i, ignore_eos=True) for i in range(4)]
     done = sorted(engine.generate(PROMPTS[:4], each), key=lambda c: c.index)
     assert engine.stats().preemptions > 0
+    assert engine.stats().prompt_tokens == sum(map(len, PROMPTS[:4])), "counted once, however often computed"
     for prompt, sampling, completion in zip(PROMPTS, each, done, strict=False):
         assert completion.token_ids == solo(prompt, sampling, 0)[0]
 
@@ -138,7 +139,8 @@ def works(engine: Engine) -> dict[int, int]:
 def test_a_short_prompt_goes_before_the_rest_of_a_long_one():
     engine = Engine(ScriptedModel([5], context=4096), max_batch=4, options=Options(step_tokens=64))
     engine.submit([7] * 3000, Sampling(max_tokens=5))
-    engine.step()
+    for _ in range(10):
+        engine.step()
     short = engine.submit([7] * 40, Sampling(max_tokens=5))
     engine.step()
     assert len(short.choices) == 1

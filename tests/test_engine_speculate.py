@@ -1,6 +1,7 @@
 """Speculation: drafts change how fast tokens come, never which, and only stay on where they pay."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from scripted_model import ScriptedModel
 from tiny_model import tiny, tiny_model, tokens
 
 from finback.engine import Engine, Options, Sampling
-from finback.engine.speculate import NgramDrafter, Pace, room, wants
+from finback.engine.sampling import choose
+from finback.engine.speculate import Advance, NgramDrafter, Pace, room, wants
 from finback.errors import UserError
 
 CONFIG = tiny(num_nextn_predict_layers=1)
@@ -84,10 +86,12 @@ def test_wrong_drafts_are_counted_and_none_is_accepted():
     assert drafted.drafted == 2 * 9 + 1, "two a step, as far as tokens may still come"
 
 
-def test_mtp_drafts_are_what_the_module_says_about_the_whole_sequence():
-    """Against an uncached pass of decoder and module over everything that is known."""
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_mtp_drafts_are_what_the_module_says_about_the_whole_sequence(temperature):
+    """Against an uncached pass of decoder and module over everything; drawn with the key of the token they guess."""
     engine = Engine(MODEL, max_batch=3, options=Options(speculate="mtp", adaptive=False, step_tokens=16))
-    requests = [engine.submit(p, Sampling(max_tokens=20, temperature=0, ignore_eos=True)) for p in PROMPTS]
+    sampling = Sampling(max_tokens=20, temperature=temperature, seed=4, ignore_eos=True)
+    requests = [engine.submit(p, sampling) for p in PROMPTS]
     (module,) = MODEL.mtp.values()
     checked = 0
     while engine.busy:
@@ -98,7 +102,7 @@ def test_mtp_drafts_are_what_the_module_says_about_the_whole_sequence():
                 with torch.no_grad():
                     hidden = MODEL.decoder(ids)[:, :-1]
                     logits = MODEL.decoder.logits(module(hidden, MODEL.decoder.embed_tokens(ids[:, 1:])))[0, -1]
-                assert request.drafts == [logits.argmax().item()]
+                assert request.drafts == [choose(logits.numpy(), sampling, 4, 0, len(request.ids)).token]
                 checked += 1
     assert checked > 20
 
@@ -109,6 +113,63 @@ def test_mtp_guesses_further_tokens_from_its_own_output():
     plain = next(Engine(MODEL).generate(PROMPTS[:1], Sampling(max_tokens=30, temperature=0, ignore_eos=True)))
     assert completion.token_ids == plain.token_ids
     assert completion.drafted > 40
+
+
+def test_a_second_guess_is_made_from_the_first_and_the_modules_own_output():
+    """Against one uncached pass of the module over the decoder's hidden states and, at the end, its own."""
+    engine = Engine(MODEL, options=Options(speculate="mtp", draft_tokens=2, adaptive=False))
+    request = engine.submit(PROMPTS[1], Sampling(max_tokens=20, temperature=0, ignore_eos=True))
+    (module,) = MODEL.mtp.values()
+    checked = 0
+    for _ in range(20):
+        engine.step()
+        if len(request.drafts) == 2 and not request.done:
+            ids = torch.tensor([[*request.ids, request.drafts[0]]])
+            with torch.no_grad():
+                hidden, embeds = MODEL.decoder(ids[:, :-2]), MODEL.decoder.embed_tokens(ids[:, 1:])
+                first = module(hidden, embeds[:, :-1])[:, -1:]
+                logits = MODEL.decoder.logits(module(torch.cat((hidden, first), 1), embeds))[0, -1]
+            assert request.drafts[1] == logits.argmax().item()
+            checked += 1
+    assert checked > 5
+
+
+def test_mtp_guesses_without_what_only_the_next_token_may_know():
+    """A penalty or a bias counts for the token, not for the guess: it is asked without them."""
+    plain = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    for more in ({"logit_bias": {9: 100.0}}, {"repetition_penalty": 1.5}, {"frequency_penalty": 2.0}):
+        engine = Engine(MODEL, options=Options(speculate="mtp", adaptive=False))
+        request = engine.submit(PROMPTS[0], replace(plain, **more))
+        engine.step()
+        ids = torch.tensor([request.ids])
+        (module,) = MODEL.mtp.values()
+        with torch.no_grad():
+            out = module(MODEL.decoder(ids)[:, :-1], MODEL.decoder.embed_tokens(ids[:, 1:]))
+            assert request.drafts == [MODEL.decoder.logits(out)[0, -1].argmax().item()]
+        for _ in range(8):
+            engine.step()
+        assert len(request.choices) == 8 and request.error is None
+
+
+def test_a_stop_among_accepted_drafts_is_the_last_token():
+    plain = next(Engine(MODEL).generate(PROMPTS[:1], Sampling(max_tokens=24, temperature=1, ignore_eos=True)))
+    stop = next(n for n in range(6, 24) if plain.token_ids[n] not in plain.token_ids[:n])
+    known = {len(PROMPTS[0]): [*PROMPTS[0], *plain.token_ids]}
+    sampling = Sampling(max_tokens=24, temperature=1, ignore_eos=True, stop_ids=(plain.token_ids[stop],))
+    (drafted,), _ = run(sampling, PROMPTS[:1], drafter=Oracle(known, 1.0, 20))
+    assert drafted.token_ids == plain.token_ids[: stop + 1] and drafted.finish_reason == "stop"
+
+
+def test_entries_of_wrong_drafts_do_not_count_as_cached():
+    """After every step exactly the last token is left to be computed, whatever was guessed."""
+    plain = next(Engine(MODEL).generate(PROMPTS[:1], Sampling(max_tokens=24, temperature=0, ignore_eos=True)))
+    known = {len(PROMPTS[0]): [*PROMPTS[0], *plain.token_ids]}
+    engine = Engine(MODEL, options=Options(adaptive=False), drafter=Oracle(known, 0.5, 4))
+    request = engine.submit(PROMPTS[0], Sampling(max_tokens=24, temperature=0, ignore_eos=True))
+    for _ in range(24):
+        engine.step()
+        assert request.done or request.pending == 1
+    assert request.completion().token_ids == plain.token_ids
 
 
 def test_routing_leaves_out_the_guesses_that_did_not_come():
@@ -141,6 +202,15 @@ def test_repeated_text_is_guessed_from_its_last_occurrence():
     assert completion.token_ids == script[12:62]
     stats = engine.stats()
     assert stats.acceptance == 1.0 and stats.steps <= 1 + -(-49 // 5)
+
+
+def test_of_several_occurrences_the_last_one_counts():
+    ids = [1, 2, 3, 40, 9, 1, 2, 3, 41, 8, 1, 2, 3]
+    request = Engine(MODEL).submit(ids, Sampling(max_tokens=9))
+    request.cached = len(ids) - 1
+    drafter = NgramDrafter(tokens=2)
+    drafter.draft([Advance(request, 0, torch.zeros(1))])
+    assert request.drafts == [41, 8]
 
 
 def test_a_request_stops_guessing_when_it_does_not_pay():

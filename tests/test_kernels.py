@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from finback.kernels import attention, dispatch, reference, tiles
+from finback.kernels import attention, dispatch, reference, rotary, tiles
 
 
 @pytest.fixture(autouse=True, params=[None, 8], ids=["", "cut"])
@@ -12,6 +12,7 @@ def small_tiles(request, monkeypatch):
     """Everything once as it is, and once cut into parts far smaller than these inputs."""
     if request.param:
         monkeypatch.setattr(tiles, "_NUMBERS", request.param)
+        monkeypatch.setattr(rotary, "_SMALL", request.param)
         monkeypatch.setattr(attention, "_SCORES", 2 * 3 * attention.BLOCK * 300)
 
 
