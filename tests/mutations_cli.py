@@ -74,8 +74,8 @@ MUTATIONS = [
     ),
     Mutation(
         CLI,
-        "    if temperature is not None:\n",
-        "    if temperature:\n",
+        "for name, value in asked.items() if value is not None}",
+        "for name, value in asked.items() if value}",
         [f"{TEST_CLI}::test_ask_samples_as_the_model_says_unless_told_otherwise"],
         "--temperature 0 is ignored",
     ),

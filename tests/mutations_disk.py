@@ -75,8 +75,8 @@ MUTATIONS = [
     ),
     Mutation(
         KERNEL,
-        "torch.mul(F.silu(gate), up, out=active[start:end])",
-        "torch.mul(F.silu(up), gate, out=active[start:end])",
+        "part = torch.mul(F.silu(gate), up, out=active[rows])",
+        "part = torch.mul(F.silu(up), gate, out=active[rows])",
         [f"{TEST}::test_streamed_experts_are_the_kernels"],
         "gate and up are exchanged where experts are on disk",
     ),

@@ -157,8 +157,8 @@ MUTATIONS = [
     ),
     Mutation(
         LATENT,
-        "masked_fill_(mask.logical_not().unsqueeze(1)",
-        "masked_fill_(mask.logical_not()[:, :1].unsqueeze(1)",
+        "torch.where(mask.unsqueeze(1), by_head",
+        "torch.where(mask[:, :1].unsqueeze(1), by_head",
         [TEST_LATENT],
         "all new tokens of a row see what its first one sees",
     ),
@@ -185,7 +185,7 @@ MUTATIONS = [
     ),
     Mutation(
         LATENT,
-        "    entry = entry.type_as(query)\n",
+        "    entry = entry if entry.dtype == dtype else entry.to(dtype)\n",
         "",
         [f"{TEST_SERVING}::test_latent_attention_of_a_cache_in_another_dtype"],
         "a cache of another dtype cannot be read",
@@ -206,16 +206,16 @@ MUTATIONS = [
     ),
     Mutation(
         LINEAR,
-        "        finally:\n            torch._C._set_mkldnn_enabled(True)",
+        "        finally:\n            torch._C._set_mkldnn_enabled(before)",
         "        finally:\n            pass",
         [f"{TEST_SERVING}::test_only_a_few_rows_go_without_onednn"],
         "after one decoded token all products go without oneDNN",
     ),
     Mutation(
         LINEAR,
-        "        try:\n            return F.linear(x, weight)\n"
-        "        finally:\n            torch._C._set_mkldnn_enabled(True)",
-        "        out = F.linear(x, weight)\n        torch._C._set_mkldnn_enabled(True)\n        return out",
+        "        try:\n            return F.linear(x, weight)\n        finally:\n"
+        "            torch._C._set_mkldnn_enabled(before)",
+        "        out = F.linear(x, weight)\n        torch._C._set_mkldnn_enabled(before)\n        return out",
         [f"{TEST_SERVING}::test_onednn_is_on_again_after_a_product_that_raised"],
         "after one product that raised all go without oneDNN",
     ),
@@ -228,15 +228,15 @@ MUTATIONS = [
     ),
     Mutation(
         EXPERTS,
-        "result[start:end] = down(active[start:end], expert)",
-        "result[start:end] = down(active[: end - start], expert)",
+        "        result[rows] = down(part, expert)",
+        "        result[rows] = down(active[: end - start], expert)",
         [TEST_FORMS],
         "all experts but the first get the first one's activations",
     ),
     Mutation(
         EXPERTS,
-        "        if start < end:\n",
-        "        if True:\n",
+        "        if start == end:\n            continue\n",
+        "",
         [f"{TEST_SERVING}::test_a_stream_asks_for_chosen_experts_only"],
         "every expert is read from disk, chosen or not",
     ),

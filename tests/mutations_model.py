@@ -151,8 +151,8 @@ MUTATIONS = [
     ),
     Mutation(
         ATTENTION,
-        "chosen.unflatten(0, (self.rows, self.width))",
-        "chosen.unflatten(0, (self.width, self.rows)).transpose(0, 1)",
+        "return chosen.reshape(self.rows, self.width, *x_1NX.shape[2:])",
+        "return chosen.reshape(self.width, self.rows, *x_1NX.shape[2:]).transpose(0, 1)",
         [f"{TEST_ATTENTION}::test_any_chunks_through_a_cache_equal_the_whole"],
         "tokens of sequences that go together are dealt out in turn",
     ),

@@ -159,6 +159,29 @@ def test_a_request_that_fails_late_runs_alone_until_there():
     assert len(good.choices) == 100
 
 
+def test_a_pass_that_leaves_nonsense_and_raises_harms_no_later_request():
+    """Its blocks are given to others, whose masked slots would meet 0 x NaN."""
+    model = tiny_model(CONFIG)
+    engine = Engine(model, max_batch=2, options=Options(cache_memory=8 * BLOCK_BYTES, prefix_cache=False))
+    forward = model.decoder.forward
+
+    def leaving(ids, *, cache, **rest):
+        if (ids == 52).any():
+            engine.core.cache._slots[0].index_fill_(0, cache._slots_N, float("nan"))
+            raise RuntimeError("half way")
+        return forward(ids, cache=cache, **rest)
+
+    model.decoder.forward = leaving
+    plain = Sampling(max_tokens=8, temperature=0, ignore_eos=True, logit_bias={52: -100})
+    bad = engine.submit([5] * 60 + [52], plain)
+    drain(engine)
+    assert bad.completion().finish_reason == "error"
+    for prompt in PROMPTS:
+        ids = [i % 50 for i in prompt]
+        (completion,) = engine.generate([ids], plain)
+        assert completion.token_ids == alone(ids, plain)
+
+
 def test_many_completions_of_one_prompt_pass_through_a_narrow_engine():
     engine = Engine(tiny_model(CONFIG), max_batch=2, options=Options(step_tokens=32))
     prompts = [tokens(100, seed=4).tolist(), PROMPTS[0]]
