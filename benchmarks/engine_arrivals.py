@@ -40,15 +40,15 @@ def idle(engine: Engine, vocab_size: int, seed: int, count: int) -> list[float]:
     return times
 
 
-def under_load(engine: Engine, vocab_size: int, long: int, mean_s: float, seed: int) -> tuple[list[float], float]:
-    """Times to first token of those that arrive while a long prompt is computed, and how long that took."""
+def under_load(engine: Engine, vocab_size: int, long: int, mean_s: float, seed: int, most_s: float):
+    """Times to first token of those that arrive while a long prompt is computed, its seconds, and how far it came."""
     draw = random.Random(seed)
     start = time.perf_counter()
     whole = engine.submit(random_ids(long, vocab_size, seed), ONE)
     due = start + draw.expovariate(1 / mean_s)
     pending, times, count = [], [], 0
     while engine.busy:
-        while due <= time.perf_counter() and not whole.done:
+        while due <= time.perf_counter() < start + most_s and not whole.done:
             count += 1
             pending.append((engine.submit(random_ids(SHORT, vocab_size, seed + count), ONE), due))
             due += draw.expovariate(1 / mean_s)
@@ -56,9 +56,9 @@ def under_load(engine: Engine, vocab_size: int, long: int, mean_s: float, seed: 
         now = time.perf_counter()
         times += [now - arrival for request, arrival in pending if request.done]
         pending = [entry for entry in pending if not entry[0].done]
-        if whole.done and not pending:
-            break
-    return times, time.perf_counter() - start
+        if now - start > most_s and not pending:
+            engine.cancel(whole)
+    return times, time.perf_counter() - start, whole.cached
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=16_384)
     parser.add_argument("--arrivals", type=int, default=60)
     parser.add_argument("--mean-s", type=float, default=3.0)
+    parser.add_argument("--most-s", type=float, default=3600, help="leave the long prompt after so many seconds")
     parser.add_argument("--step-tokens", type=int, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -78,19 +79,22 @@ def main() -> None:
     engine = Engine(model, max_batch=8, options=options)
     vocab_size = model.config.vocab_size
     idle(engine, vocab_size, 1, 3)  # warms up
-    alone, loaded, took = idle(engine, vocab_size, 100, 8), [], []
+    alone, loaded, took, depths = idle(engine, vocab_size, 100, 8), [], [], []
     while len(loaded) < args.arrivals:
-        times, seconds = under_load(engine, vocab_size, args.long, args.mean_s, 1000 * (1 + len(took)))
+        seed = 1000 * (1 + len(took))
+        times, seconds, depth = under_load(engine, vocab_size, args.long, args.mean_s, seed, args.most_s)
         loaded += times
         took.append(seconds)
+        depths.append(depth)
         alone += idle(engine, vocab_size, 200 + 10 * len(took), 8)
-        print(f"{len(loaded)} arrivals, long prompt {seconds:.0f} s", flush=True)
+        print(f"{len(loaded)} arrivals, {depth:,} tokens of the long prompt in {seconds:.0f} s", flush=True)
     base = statistics.median(alone)
     ratio = percentile(loaded, 0.95) / base
+    computed = ", ".join(f"{d:,} of them in {s:.0f} s" for d, s in zip(depths, took, strict=True))
     text = "\n".join(
         [
             f"{args.checkpoint.name}: prompts of {SHORT} tokens while one of {args.long:,} is computed "
-            f"({', '.join(f'{s:.0f} s' for s in took)}), step_tokens {engine.core.scheduler.budget}",
+            f"({computed}), step_tokens {engine.core.scheduler.budget}",
             "",
             "| | time to first token, s |",
             "|---|---|",
@@ -99,7 +103,9 @@ def main() -> None:
             f"| its p95 | {percentile(loaded, 0.95):.3f}, **{ratio:.2f}x** idle |",
         ]
     )
-    write(args.out, text, {"idle_s": alone, "loaded_s": loaded, "long_s": took, "options": vars(args)})
+    write(
+        args.out, text, {"idle_s": alone, "loaded_s": loaded, "long_s": took, "depths": depths, "options": vars(args)}
+    )
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     title, lines, log = of_calf(args) if args.checkpoint is None else of_checkpoint(args)
-    head = "| rows | drafts | accepted | tokens a step and row | tok/s | against plain | same tokens |"
+    head = "| rows | drafts | accepted | new tokens a step over rows | tok/s | against plain | same tokens |"
     write(args.out, "\n".join([title, "", head, "|---|---|---|---|---|---|---|", *lines]), log)
 
 
