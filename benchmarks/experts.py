@@ -8,7 +8,7 @@ pages that others read would serve it beyond its limit. Greedy tokens after one 
 and the counters are of the rest. Skewed routing: -s · ln(rank) added to the correction biases, ranks drawn anew for
 each layer, because random weights route almost evenly and trained ones do not. `reading` times one expert's matrices
 in the ways that were tried. `foreseen`: how many of a layer's experts the layer before could have asked for, by the
-router applied one layer early: what reading ahead would live on. Runs that others disturbed are repeated.
+router applied one layer early: what reading ahead would live on.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def drop(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def busy() -> float:
+def _busy() -> float:
     """Seconds that all CPUs have worked, for whomever."""
     user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
@@ -95,10 +95,12 @@ def worker(options: dict[str, Any]) -> None:
     model = load(options["checkpoint"], force=True, expert_memory=options["budget"])
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
     skew(model, options["skew"])
-    counts = foresee(model) if options["foresee"] else {}
+    counts = foresee(model) if options["foresee"] else None
+    used: dict[int, list[int]] = {}
     engine = Engine(model, max_batch=1)
     prompt = torch.randint(model.config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(2)).tolist()
-    request = engine.submit(prompt, Sampling(max_tokens=WARM + TOKENS, temperature=0, ignore_eos=True), routing=True)
+    sampling = Sampling(max_tokens=WARM + TOKENS, temperature=0, ignore_eos=True)
+    request = engine.submit(prompt, sampling, routing=True)
     done, hot = 0, model.expert_cache
     while not request.done:
         engine.step()
@@ -110,16 +112,17 @@ def worker(options: dict[str, Any]) -> None:
     result |= {"tokens": completion.token_ids, "tokens_per_s": (done - WARM) / seconds}
     if hot is not None:
         after = hot.stats()
-        result |= {key: after[key] - before[key] for key in ("hits", "misses", "bytes_read", "seconds_reading")}
-        result["resident_bytes"] = after["resident_bytes"]
+        keys = ("hits", "misses", "bytes_read", "seconds_reading")
+        result |= {key: after[key] - before[key] for key in keys} | {"resident_bytes": after["resident_bytes"]}
         result["hit_rate"] = result["hits"] / (result["hits"] + result["misses"])
-    n_experts = model.config.n_routed_experts
-    uses = [torch.bincount(chosen[-TOKENS:].flatten(), minlength=n_experts) for chosen in completion.routing.values()]
-    # The share of uses that goes to the quarter of each layer's experts that is used most.
-    result["top_quarter"] = statistics.mean(float(u.sort().values[-n_experts // 4 :].sum() / u.sum()) for u in uses)
+    for layer, chosen in (completion.routing or {}).items():
+        used[int(layer)] = torch.bincount(chosen[-TOKENS:].flatten(), minlength=model.config.n_routed_experts).tolist()
+    if used:  # share of uses by the quarter of each layer's experts that is used most
+        tops = [sum(sorted(u)[-len(u) // 4 :]) / sum(u) for u in used.values()]
+        result["top_quarter"] = statistics.mean(tops)
     status = Path("/proc/self/status").read_text().splitlines()
     result["peak_rss"] = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    print(json.dumps(result | counts))
+    print(json.dumps(result | ({} if counts is None else counts)))
 
 
 def run(checkpoint: Path, cgroup: Path | None, limit: int | None, **options: Any) -> dict[str, Any]:
@@ -135,13 +138,14 @@ def run(checkpoint: Path, cgroup: Path | None, limit: int | None, **options: Any
     try:
         work = settings | {"checkpoint": str(checkpoint), "cgroup": None if group is None else str(group)}
         command = [sys.executable, __file__, "--worker", json.dumps(work)]
-        start, before, own = time.perf_counter(), busy(), os.times()
+        start, busy, own = time.perf_counter(), _busy(), os.times()
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         now = os.times()
         ours = now.children_user + now.children_system - own.children_user - own.children_system
-        told["others_cpus"] = (busy() - before - ours) / (time.perf_counter() - start)
+        told["others_cpus"] = (_busy() - busy - ours) / (time.perf_counter() - start)
         if group is not None:
-            told["group_peak"] = int((group / ("memory.max_usage_in_bytes" if old else "memory.peak")).read_text())
+            peak = group / ("memory.max_usage_in_bytes" if old else "memory.peak")
+            told["group_peak"] = int(peak.read_text())
         if done.returncode == -9:
             return told | {"killed": True}
         if done.returncode:
@@ -169,7 +173,7 @@ def reading(checkpoint: Path, rounds: int = 3, count: int = 96) -> dict[str, lis
     maps = {}
     for path in checkpoint.glob("*.safetensors"):
         with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         maps[path.name] = torch.frombuffer(mapped, dtype=torch.uint8)
 
     def reused(names: list[str]) -> None:
@@ -199,7 +203,7 @@ def reading(checkpoint: Path, rounds: int = 3, count: int = 96) -> dict[str, lis
     draw = random.Random(0)
     with ThreadPoolExecutor(3) as pool:
         for name in (name for names in experts for name in names):
-            source.into(name, torch.empty(source.shape(name), dtype=source.dtype(name)))
+            source.into(name, kept[0].new_empty(source.shape(name)))
         for state in ("cached", "cold"):
             for _ in range(rounds):
                 for way, read in ways.items():
@@ -214,67 +218,59 @@ def reading(checkpoint: Path, rounds: int = 3, count: int = 96) -> dict[str, lis
     return times
 
 
+def in_turn(checkpoint: Path, whole: int) -> dict[str, Any]:
+    """Resident and on disk with room for all, in one process, a token each in turn: what a hit costs."""
+    import torch
+
+    from finback.engine import Engine, Sampling
+    from finback.weights import load
+
+    engines = [Engine(load(checkpoint, force=True, expert_memory=limit), max_batch=1) for limit in (None, whole)]
+    prompt = torch.randint(1000, (512,), generator=torch.Generator().manual_seed(2)).tolist()
+    sampling = Sampling(max_tokens=3 * TOKENS, temperature=0, ignore_eos=True)
+    requests = [engine.submit(prompt, sampling) for engine in engines]
+    seconds: list[list[float]] = [[], []]
+    while not requests[0].done:
+        for engine, times in zip(engines, seconds, strict=True):
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
+    same = len({tuple(request.completion().token_ids) for request in requests}) == 1
+    ratios = sorted(b / a for a, b in zip(*(times[WARM:] for times in seconds), strict=True))
+    quarters = [ratios[len(ratios) * q // 4] for q in (1, 2, 3)]
+    return {"ratio_quartiles": quarters, "identical": same, "seconds": seconds}
+
+
 def sizes_of(checkpoint: Path) -> tuple[int, int]:
     """Bytes of the routed experts and of all else."""
     from finback.weights import store
 
     source = store.Checkpoint(checkpoint)
-    sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()}
-    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    return experts, sum(sizes.values()) - experts
-
-
-def table(rows: list[dict[str, Any]], whole: int) -> list[str]:
-    """Lines of the report; `tokens` says whether they are the resident model's."""
-    columns = "skew | top quarter | expert memory | limit MB | hit rate | tokens/s | reading | peak RSS MB | tokens"
-    lines = [f"| {columns} | others' CPUs |", "|---" * 10 + "|"]
-    alive = [row for row in rows if not row.get("killed") and not row["foresee"]]
-    for strength, budget in dict.fromkeys((row["skew"], row["budget"]) for row in alive):
-        same = [row for row in alive if (row["skew"], row["budget"]) == (strength, budget)]
-        wanted = [row["tokens"] for row in alive if (row["skew"], row["budget"]) == (strength, None)]
-        first, speeds = same[0], [row["tokens_per_s"] for row in same]
-        share, rate, reads = "all, resident", "", ""
-        if budget is not None:
-            share, rate = f"{budget / 1e6:,.0f} MB ({budget / whole:.0%})", f"{first['hit_rate']:.1%}"
-            part = statistics.median(row["seconds_reading"] * row["tokens_per_s"] / TOKENS for row in same)
-            reads = f"{part:.0%} of the time"
-        cells = [
-            str(strength),
-            f"{first['top_quarter']:.0%}",
-            share,
-            "none" if first["limit"] is None else f"{first['limit'] / 1e6:,.0f}",
-            rate,
-            f"{statistics.median(speeds):.2f} ({min(speeds):.2f} – {max(speeds):.2f})",
-            reads,
-            f"{statistics.median(row['peak_rss'] for row in same) / 1e6:,.0f}",
-            "identical" if all(row["tokens"] == wanted[0] for row in same) else "DIFFERENT",
-            f"{max(row['others_cpus'] for row in same):.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    size = {n: math.prod(source.shape(n)) * source.dtype(n).itemsize for n in source.names()}
+    experts = sum(bytes_ for name, bytes_ in size.items() if ".mlp.experts." in name)
+    return experts, sum(size.values()) - experts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--cgroup", type=Path)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", help="used by the benchmark itself")
+    parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(options.worker))
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "runs.jsonl").unlink(missing_ok=True)
     whole, dense = sizes_of(options.checkpoint)
     times = reading(options.checkpoint)
-    (options.out / "log.json").write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "reading_ms": times}) + "\n")
+    beside = in_turn(options.checkpoint, whole)
+    print(beside["ratio_quartiles"], beside["identical"], flush=True)
     rows: list[dict[str, Any]] = []
 
-    def do(limit: int | None = None, **how: Any) -> None:
-        if options.cgroup is not None and how.get("budget") is not None:
-            limit = dense + how["budget"] + ROOM
+    def do(**how: Any) -> dict[str, Any]:
+        budget = how.get("budget")
+        limit = how.pop("limit", None if options.cgroup is None or budget is None else dense + budget + ROOM)
         row = run(options.checkpoint, options.cgroup, limit, **how)
         for _ in range(2):
             if row["others_cpus"] < QUIET or row["foresee"] or row.get("killed"):
@@ -282,12 +278,11 @@ def main() -> None:
             again = run(options.checkpoint, options.cgroup, limit, **how)
             row = min(row, again, key=lambda one: one["others_cpus"])
         rows.append(row)
-        with open(options.out / "runs.jsonl", "a") as file:  # what is measured stays, whatever ends the benchmark
-            file.write(json.dumps(row) + "\n")
         print({key: value for key, value in row.items() if key != "tokens"}, flush=True)
+        return row
 
     if options.cgroup is not None:
-        do(limit=dense + whole // 3 + ROOM)  # the resident model where a third of its experts fits: it is killed
+        do(limit=dense + whole // 3 + ROOM)  # the resident model under the limit of a third: it is killed
     for number in range(options.rounds):
         for strength in SKEWS:
             do(skew=strength)
@@ -295,17 +290,60 @@ def main() -> None:
                 do(skew=strength, budget=int(whole * share))
         for strength in SKEWS if number == 0 else ():
             do(skew=strength, foresee=True)
+    write(options.out, times, beside, rows, whole, dense)
+
+
+def write(
+    out: Path,
+    times: dict[str, list[float]],
+    beside: dict[str, Any],
+    rows: list[dict[str, Any]],
+    whole: int,
+    dense: int,
+) -> None:
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "experts": whole, "dense": dense}
+    (out / "log.json").write_text(json.dumps({**facts, "reading_ms": times, "in_turn": beside, "runs": rows}) + "\n")
     lines = ["# Experts on disk", "", f"`{COMMAND}`", ""]
-    lines += [f"Routed experts {whole / 1e6:,.0f} MB, all else {dense / 1e6:,.0f} MB.", ""]
-    killed = [row for row in rows if row.get("killed")]
-    lines += [f"The resident model under {row['limit'] / 1e6:,.0f} MB: killed by the system.\n" for row in killed]
-    lines += table(rows, whole)
+    lines += [f"Routed experts {whole / 1e6:,.0f} MB, all else {dense / 1e6:,.0f} MB; torch {torch.__version__}.", ""]
+    for row in (row for row in rows if row.get("killed")):
+        lines += [f"The resident model under a limit of {row['limit'] / 1e6:,.0f} MB: killed by the system.", ""]
+    lines += [
+        "| skew | top quarter | expert memory | limit MB | hit rate | tokens/s | reading | peak RSS MB | tokens |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    kinds = {(r["skew"], r["budget"]): r for r in rows if not r.get("killed") and not r["foresee"]}
+    for (strength, budget), first in kinds.items():
+        same = [
+            r for r in rows if (r["skew"], r["budget"], r["foresee"]) == (strength, budget, False) and "tokens" in r
+        ]
+        speeds = [r["tokens_per_s"] for r in same]
+        speed = f"{statistics.median(speeds):.2f} ({min(speeds):.2f} – {max(speeds):.2f})"
+        equal = all(r["tokens"] == kinds[strength, None]["tokens"] for r in same)
+        limit = "none" if first["limit"] is None else f"{first['limit'] / 1e6:,.0f}"
+        share, rate, reads = "all, resident", "", ""
+        if budget is not None:
+            share, rate = f"{budget / 1e6:,.0f} MB ({budget / whole:.0%})", f"{first['hit_rate']:.1%}"
+            reads = (
+                f"{statistics.median(r['seconds_reading'] * r['tokens_per_s'] / TOKENS for r in same):.0%} of the time"
+            )
+        peak = statistics.median(r["peak_rss"] for r in same) / 1e6
+        cells = (strength, f"{first['top_quarter']:.0%}", share, limit, rate, speed, reads, f"{peak:,.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} | {'identical' if equal else 'DIFFERENT'} |")
+    low, middle, high = beside["ratio_quartiles"]
+    told = "identical" if beside["identical"] else "DIFFERENT"
+    lines += ["", f"All experts hot, a token each in turn with the resident model: {middle:.2f}x its time a token"]
+    lines[-1] += f" (quartiles {low:.2f} – {high:.2f}), tokens {told}."
     lines += ["", "One expert's three matrices:", "", "| way | ms, median (min – max) |", "|---|---|"]
     lines += [f"| {w} | {statistics.median(t):.2f} ({min(t):.2f} – {max(t):.2f}) |" for w, t in times.items()]
     for row in (row for row in rows if row["foresee"]):
-        share = row["foreseen"] / max(row["chosen"], 1)
+        share = row["foreseen"] / row["chosen"]
         lines += ["", f"Skew {row['skew']}: {share:.0%} of the experts are those the router names a layer early."]
-    (options.out / "report.md").write_text("\n".join(lines) + "\n")
+    others = max(row["others_cpus"] for row in rows if "tokens" in row and not row["foresee"])
+    lines += ["", f"Other processes took at most {others:.2f} of a CPU during a run of the first table."]
+    (out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
