@@ -59,12 +59,12 @@ def main() -> None:
         engine = Engine(model, max_batch=2, options=options)
         first = turn(engine, prompt := random_ids(args.tokens, model.config.vocab_size, 1))
         second_prompt = [*prompt, *first["ids"], *random_ids(MORE, model.config.vocab_size, 2)]
-        warm = turn(engine, second_prompt)
-        engine.close()
+        engine.close()  # what the first turn left is on disk now
         cold = turn(Engine(model, max_batch=2, options=Options(step_tokens=2048)), second_prompt)
         (Path(name) / "prompt.json").write_text(json.dumps(second_prompt))
         command = [sys.executable, __file__, "--checkpoint", str(copy), "--again", str(store)]
         restarted = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        warm = turn(engine, second_prompt)
         on_disk = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
     rows = {"cold": cold, "second turn": warm, "after a restart": restarted}
     same = next((n for n, pair in enumerate(zip(warm["ids"], cold["ids"], strict=True)) if len(set(pair)) > 1), NEW)
