@@ -179,7 +179,7 @@ def test_a_full_queue_refuses_with_the_counts_and_when_to_come_again():
     engine.cancel(accepted[2])
     with pytest.raises(QueueFull, match=r"9 prompt tokens wait already, this request has 100, max_queue_tokens is 60"):
         engine.submit([3] * 100, GREEDY)
-    with pytest.raises(QueueFull, match=r"this prompt has 52"):
+    with pytest.raises(QueueFull, match=r"this request has 52"):
         engine.submit([3] * 52, GREEDY)
     engine.submit([3] * 51, GREEDY)
     drain(engine)
