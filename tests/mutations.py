@@ -64,7 +64,7 @@ def plant(mutation: Mutation, target: Path) -> None:
 
 def run(tests: Sequence[str], target: Path, limit_s: int = LIMIT_S) -> subprocess.CompletedProcess[str]:
     """Run `tests` on the copy at `target`. pytest's exit code: 0 passed, 1 failed, else it could not run them."""
-    environment = {**os.environ, "PYTHONPATH": str(target), "CI": "true", "PYTEST_ADDOPTS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(target), "CI": "true", "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"}
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"]
     command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
     return subprocess.run(command, cwd=target, env=environment, capture_output=True, text=True, timeout=limit_s)

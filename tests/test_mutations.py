@@ -1,7 +1,11 @@
 """The suite catches the planted bugs of tests/mutations_*.py, and it is the bug that it catches."""
 
+import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from mutations import ROOT, copy, everything, plant, run
@@ -38,10 +42,25 @@ def test_without_a_bug_all_the_named_tests_pass(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def planted(mutation) -> subprocess.CompletedProcess[str]:
+    """The named tests' run on a copy with the bug in it."""
+    with tempfile.TemporaryDirectory() as name:
+        copy(Path(name))
+        plant(mutation, Path(name))
+        return run(mutation.tests, Path(name))
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """A run for every bug that was chosen, as many at a time as there are processors."""
+    chosen = [i.callspec.params["mutation"] for i in request.session.items if i.name.startswith("test_the_bug_is")]
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    yield {id(mutation): pool.submit(planted, mutation) for mutation in chosen}
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.check
 @EACH
-def test_the_bug_is_caught(mutation, tmp_path):
-    copy(tmp_path)
-    plant(mutation, tmp_path)
-    done = run(mutation.tests, tmp_path)
+def test_the_bug_is_caught(mutation, runs):
+    done = runs[id(mutation)].result()
     assert done.returncode == 1, f"not caught: {mutation.why}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
