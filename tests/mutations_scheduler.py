@@ -295,6 +295,13 @@ MUTATIONS = [
         "what a failed pass has written reaches whoever gets its blocks",
     ),
     Mutation(
+        "engine/step.py",
+        "request.prompt_logprobs[work.start :] = ",
+        "request.prompt_logprobs += ",
+        ["test_engine_recovery.py::test_a_step_that_is_cut_off_anywhere_changes_no_token"],
+        "a pass that is made again gives a prompt's log-probabilities twice",
+    ),
+    Mutation(
         CORE,
         "        finally:\n            self.scheduler.remove(request)",
         "        except TypeError:\n            pass\n        else:\n            self.scheduler.remove(request)",

@@ -90,7 +90,8 @@ class Runner:
         if request.prompt_logprobs is not None and inside:
             logprobs_NV = self.logits(hidden_ND[:inside]).double().log_softmax(-1)
             ids = torch.tensor(request.ids[work.start + 1 : work.start + 1 + inside], device=hidden_ND.device)
-            request.prompt_logprobs += logprobs_NV.gather(1, ids[:, None])[:, 0].tolist()
+            # Put in its place, not appended: a step that was cut off is made again.
+            request.prompt_logprobs[work.start :] = logprobs_NV.gather(1, ids[:, None])[:, 0].tolist()
         if request.wishes.embedding and work.start <= last < work.start + work.count:
             request.embedding = hidden_ND[last - work.start].float().clone()
 
