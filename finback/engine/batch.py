@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def tile(cache: PagedCache, work: Work) -> Batch:
     """A pass of exactly one aligned block of one request, whatever part of it is new: always the same shapes.
 
     A token's result then depends on nothing but its own sequence. Places that are not new repeat its first token;
-    what they compute goes into block 0, which nobody reads.
+    what they compute goes into block 0, which is nobody's.
     """
     first = work.start // BLOCK * BLOCK
     assert work.start + work.count <= first + BLOCK, "a tile ends where its block does"
@@ -81,17 +81,16 @@ def tiles(work: Work) -> list[Work]:
 def _alike(ordered: Sequence[Work]) -> list[list[Work]]:
     """Neighbours with as many new tokens, all or none of them at the start, of about the same length."""
     together: list[list[Work]] = []
-    for _, group in groupby(ordered, key=lambda work: (work.count, work.start == 0)):
-        for work in group:
-            longest = together[-1][0] if together else None
-            if (
-                longest is not None
-                and (longest.count, longest.start == 0) == (work.count, work.start == 0)
-                and longest.start < _SPREAD * (work.start + BLOCK)
-            ):
-                together[-1].append(work)
-            else:
-                together.append([work])
+    for work in ordered:
+        longest = together[-1][0] if together else None
+        if (
+            longest is not None
+            and (longest.count, longest.start == 0) == (work.count, work.start == 0)
+            and longest.start < _SPREAD * (work.start + BLOCK)
+        ):
+            together[-1].append(work)
+        else:
+            together.append([work])
     return together
 
 

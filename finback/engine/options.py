@@ -8,6 +8,7 @@ import torch
 from finback import machine
 from finback.engine.blocks import BLOCK
 from finback.engine.cache import PagedCache
+from finback.engine.params import check, whole
 from finback.engine.scheduler import Cost
 from finback.engine.speculate import Speculation
 from finback.errors import UserError
@@ -50,12 +51,11 @@ class Options:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("prefix_limit", self.prefix_limit, 1)
-        if self.step_tokens is not None:
-            _at_least("step_tokens", self.step_tokens, BLOCK)
-        for name in ("cache_memory", "draft_tokens", "max_queue", "max_queue_tokens"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+        least = {"prefix_limit": 1, "step_tokens": BLOCK, "cache_memory": 1, "draft_tokens": 1}
+        for name, low in (least | {"max_queue": 1, "max_queue_tokens": 1}).items():
+            value = getattr(self, name)
+            fits = whole(value, low) or (value is None and name != "prefix_limit")
+            check(name, value, f"a whole number, at least {low}", fits)
         if self.speculate not in ("auto", "mtp", "ngram", "off"):
             raise UserError(f"speculate is {self.speculate!r}; it must be auto, mtp, ngram or off")
         if self.cache_format is not None and self.cache_format not in CACHE_FORMATS:
@@ -65,11 +65,6 @@ class Options:
 def step_budget(options: Options, max_batch: int) -> int:
     """What a step may cost, in tokens."""
     return options.step_tokens or (_ALONE if max_batch == 1 else _SHARED)
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} is {value!r}; it must be a whole number, at least {least}")
 
 
 def blocks_for(options: Options, cache: PagedCache, max_batch: int, context: int) -> int:
