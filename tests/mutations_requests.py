@@ -139,13 +139,6 @@ MUTATIONS = [
     ),
     Mutation(
         REQUEST,
-        "            self.prompt_logprobs.clear()\n",
-        "            pass\n",
-        [f"{TEST_GENERATE}::test_refresh_in_the_middle_changes_nothing_about_the_prompt"],
-        "a prompt that is computed again has its log-probabilities twice",
-    ),
-    Mutation(
-        REQUEST,
         "self.routing = list(leader.routing or ())",
         "pass",
         LEARNS,

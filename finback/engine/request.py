@@ -227,8 +227,6 @@ class Request:
         self.blocks, self.keys, self.drafts = [], [], []
         if self.routing is not None:
             self.routing.clear()
-        if self.prompt_logprobs is not None:
-            self.prompt_logprobs.clear()
 
     def take(self) -> Delta:
         """The text that is new since the last call, and the completion once there is one."""
