@@ -30,13 +30,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The stamps are newer than pyproject.toml exactly when what it asks for is installed.
-$(VENV)/installed: pyproject.toml | $(BIN)/pip
+# The stamps are newer than these exactly when what they ask for is installed and built.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard finback/kernels/cpu/*)
+$(VENV)/installed: $(SOURCES) | $(BIN)/pip
 	@echo "Installing Finback into $(VENV) (once; a few minutes, most of them for PyTorch)" >&2
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/installed-test: pyproject.toml | $(BIN)/pip
+$(VENV)/installed-test: $(SOURCES) | $(BIN)/pip
 	@echo "Installing Finback and its test tools into $(VENV) (once; a few minutes, most of them for PyTorch)" >&2
 	$(PIP) -e ".[test]"
 	@touch $@ $(VENV)/installed

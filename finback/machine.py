@@ -29,6 +29,12 @@ def parse_bytes(text: str, option: str) -> int:
     return int(float(found[1]) * step ** (" kmgt".index(found[2] or " ")))
 
 
+def cpu_flags() -> set[str]:
+    """What the processor says it can do, in the system's words: "avx2", "amx_bf16". Empty where it does not tell."""
+    lines = (line.partition(":") for line in read("/proc/cpuinfo").splitlines())
+    return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
+
+
 def cpus() -> int:
     """The CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

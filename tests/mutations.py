@@ -10,7 +10,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+from finback.kernels import native
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300
@@ -49,6 +52,9 @@ def copy(target: Path) -> None:
         shutil.copytree(ROOT / name, target / name, ignore=leave)
     if (ROOT / "finback" / "models").is_dir():
         (target / "finback" / "models").symlink_to(ROOT / "finback" / "models")
+    for module in (find_spec(f"finback.kernels._{level}") for level in native.LEVELS):  # built, not in the sources
+        if module is not None and module.origin is not None:
+            shutil.copy(module.origin, target / "finback" / "kernels")
     for name in ("pyproject.toml", "README.md", "recipes"):
         (target / name).symlink_to(ROOT / name)
     (target / "sitecustomize.py").write_text(SITECUSTOMIZE)

@@ -154,8 +154,8 @@ MUTATIONS = [
     ),
     Mutation(
         BATCH,
-        "view = View(cache, torch.tensor(slots, device=device), parts, tables)\n    return Batch(ordered, spans",
-        "view = View(cache, torch.tensor(slots, device=device), parts, tables)\n    return Batch(list(works), spans",
+        "return Batch(ordered, spans",
+        "return Batch(list(works), spans",
         MIXED,
         "requests get each other's hidden states",
     ),

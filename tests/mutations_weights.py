@@ -94,8 +94,8 @@ MUTATIONS = [
     ),
     Mutation(
         READER,
-        "return model.eval()",
-        "return model",
+        "    model.eval()\n",
+        "",
         [f"{TEST_FOLDER}::test_a_loaded_model_is_ready"],
         "a loaded model counts load and keeps balance losses",
     ),
@@ -141,8 +141,8 @@ MUTATIONS = [
     Mutation(WEIGHT, "outs, dim=-1", "outs[:1] * len(outs), dim=-1", [PACKED], "every panel is the first one"),
     Mutation(
         WEIGHT,
-        "[(expert, part) for part in range(self.parts)]",
-        "[(expert, part) for part in reversed(range(self.parts))]",
+        "for part in range(self.parts)]",
+        "for part in reversed(range(self.parts))]",
         [PACKED],
         "packed gate and up are exchanged",
     ),

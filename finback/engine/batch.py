@@ -44,8 +44,9 @@ def flat(cache: PagedCache, works: Sequence[Work]) -> Batch:
     positions = [place for work in ordered for place in range(work.start, work.start + work.count)]
     slots = [_slot(work, place) for work in ordered for place in range(work.start, work.start + work.count)]
     device = cache.storage.device
-    view = View(cache, torch.tensor(slots, device=device), parts, tables)
-    return Batch(ordered, spans, _row(ids, device), _row(positions, device), view)
+    positions_1N = _row(positions, device)
+    view = View(cache, torch.tensor(slots, device=device), positions_1N, parts, tables)
+    return Batch(ordered, spans, _row(ids, device), positions_1N, view)
 
 
 def tile(cache: PagedCache, work: Work) -> Batch:
@@ -65,10 +66,9 @@ def tile(cache: PagedCache, work: Work) -> Batch:
     mask_BTS = (slots_S <= torch.arange(first, first + BLOCK, device=device).unsqueeze(-1)).unsqueeze(0)
     part = Part(None, 1, BLOCK, first + BLOCK, mask_BTS)
     table = torch.tensor([work.request.blocks[: first // BLOCK + 1]], device=device)
-    view = View(cache, torch.tensor(slots, device=device), [part], [table])
-    return Batch(
-        [work], [slice(new.start, new.stop)], _row(ids, device), _row(range(first, first + BLOCK), device), view
-    )
+    positions_1N = _row(range(first, first + BLOCK), device)
+    view = View(cache, torch.tensor(slots, device=device), positions_1N, [part], [table])
+    return Batch([work], [slice(new.start, new.stop)], _row(ids, device), positions_1N, view)
 
 
 def tiles(work: Work) -> list[Work]:

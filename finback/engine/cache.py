@@ -13,7 +13,9 @@ from torch import Tensor
 from finback.engine.blocks import BLOCK
 from finback.kernels.cache_format import CacheFormat, cache_format
 from finback.model import Config
-from finback.model.attention import Part
+from finback.model.attention import Pages, Part
+
+_FEW = 16  # new tokens a row: more are cheaper together, their keys and values expanded
 
 
 class PagedCache:
@@ -61,6 +63,10 @@ class PagedCache:
         held = self._blocks[layer].index_select(0, tables_BM.view(-1)).view(rows, blocks * BLOCK, -1)
         return held if self.format is None else self.format.unpack(held, self.dtype)
 
+    def entries(self, layer: int) -> Tensor:
+        """All slots of a layer, a view."""
+        return self._slots[layer]
+
     def copy(self, source: int, target: int) -> None:
         """Make block `target` equal to block `source`."""
         self.storage[:, target] = self.storage[:, source]
@@ -81,10 +87,18 @@ class PagedCache:
 class View:
     """The `Cache` that attention sees in one pass: where its tokens go, and what each part reads."""
 
-    def __init__(self, cache: PagedCache, slots_N: Tensor, parts: Sequence[Part], tables: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        slots_N: Tensor,
+        positions_1N: Tensor,
+        parts: Sequence[Part],
+        tables: Sequence[Tensor],
+    ) -> None:
         self.parts = parts
-        self._cache, self._slots_N = cache, slots_N
+        self._cache, self._slots_N, self._positions_1N = cache, slots_N, positions_1N
         self._tables = {id(part): table_BM for part, table_BM in zip(parts, tables, strict=True)}
+        self._where: tuple[Tensor, ...] | None = None
 
     def write(self, layer: int, entry_1NC: Tensor) -> None:
         """Store the entries of this pass's tokens of `layer`."""
@@ -93,6 +107,22 @@ class View:
     def read(self, layer: int, part: Part) -> Tensor:
         """The first slots of the part's sequences, [B, S, C]."""
         return self._cache.read(layer, self._tables[id(part)])[:, : part.slots]
+
+    def pages(self, layer: int) -> Pages | None:
+        """Where each token's sequence lies, unless entries are packed or a part has many new tokens a row."""
+        plain = self._cache.format is None and self._cache.storage.dtype == torch.bfloat16
+        if not plain or any(part.width > _FEW for part in self.parts):
+            return None
+        if self._where is None:
+            tables = list(self._tables.values())
+            starts, begin = [], 0
+            for part, table_BM in zip(self.parts, tables, strict=True):
+                rows = begin + torch.arange(part.rows) * table_BM.shape[1]
+                starts.append(rows.repeat_interleave(part.width))
+                begin += table_BM.numel()
+            flat = torch.cat([table_BM.flatten() for table_BM in tables])
+            self._where = (self._slots_N, flat, torch.cat(starts), self._positions_1N[0] + 1)
+        return Pages(self._cache.entries(layer), *self._where)
 
 
 def _format(config: Config, form: str | None) -> CacheFormat | None:

@@ -1,4 +1,7 @@
-"""Which version of each hot loop runs. Callers import from here; every version equals `reference`."""
+"""Which version of each hot loop runs. Callers import from here; every version equals `reference`.
+
+What takes whole blocks of a model on weights in panels is compiled: kernels/native.py, called by model/fused.py.
+"""
 
 from finback.kernels.attention import attention
 from finback.kernels.cross_entropy import cross_entropy

@@ -7,7 +7,7 @@ decoding reads only the latents. Both are the same function.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,20 @@ class Part:
         return chosen.reshape(self.rows, self.width, *x_1NX.shape[2:])
 
 
+class Pages(NamedTuple):
+    """Where one layer's entries lie, token by token of a pass, for kernels that read them in place.
+
+    entries_SC: all slots, contiguous, in the model's dtype. slot_N: where each token's own entry goes. tables: blocks
+    of 16 slots, those of a token from `table_N` on. length_N: how many slots it sees. All but the first int64.
+    """
+
+    entries_SC: Tensor
+    slot_N: Tensor
+    tables: Tensor
+    table_N: Tensor
+    length_N: Tensor
+
+
 class Cache(Protocol):
     """Where attention writes what it must remember and reads it back; made for one pass over tokens [1, N].
 
@@ -55,6 +69,9 @@ class Cache(Protocol):
 
     def read(self, layer: int, part: Part) -> Tensor:
         """The first `part.slots` positions of the part's sequences, [B, S, C]; what a row lacks is masked."""
+
+    def pages(self, layer: int) -> Pages | None:
+        """For the absorbed form of every token by itself; None where another way is cheaper, or entries are packed."""
 
 
 @dataclass

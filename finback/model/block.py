@@ -1,5 +1,7 @@
 """One transformer layer: attention, then a dense feed-forward or a mixture of experts."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from finback.model.attention import Context, LatentAttention
@@ -18,9 +20,12 @@ class Block(nn.Module):
         attention = GroupedAttention if config.kv_lora_rank is None else LatentAttention
         self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fused: Any = None  # model/fused.py, where the weights lie in panels
         self.mlp = MoE(config, layer) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, context: Context, routing: Routing | None = None) -> Tensor:
+        if self.fused is not None and self.fused.takes(x_BTD):
+            return self.fused(x_BTD, context, routing)
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finback.kernels import dispatch
+from finback.kernels import dispatch, native, panels
 from finback.kernels.quantise import Format
 
 Index = tuple[int, ...]
@@ -25,6 +25,13 @@ class Weight(nn.Module, ABC):
     parts: int
     form: Format | None = None
     dtype: torch.dtype
+
+    def indices(self, expert: int | None = None) -> list[Index]:
+        """Of all matrices of a stack, or of one expert's; of the one there is."""
+        if len(self.shape) == 2:
+            return [()]
+        experts = range(self.shape[0]) if expert is None else [expert]
+        return [(each, part) for each in experts for part in range(self.parts)]
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -92,10 +99,9 @@ class PackedWeight(Weight):
         return whole.view(self.shape)
 
     def linear(self, x: Tensor, expert: int | None = None) -> Tensor:
-        matrices = [()] if expert is None else [(expert, part) for part in range(self.parts)]
         panel = 128 if x[..., 0].numel() <= 16 else 1024  # few rows: stay in cache; many: fewer, larger products
         outs = []
-        for index in matrices:
+        for index in self.indices(expert):
             codes, scale = self.codes[index], self.scale[index]
             for start in range(0, self.rows, panel):
                 rows = slice(start, min(start + panel, self.rows))
@@ -104,13 +110,73 @@ class PackedWeight(Weight):
         return torch.cat(outs, dim=-1)
 
     def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
-        stack: list[Index] = [()]
-        if len(self.shape) == 3:
-            stack = [(expert, part) for expert in range(self.shape[0]) for part in range(self.parts)]
-        yield from ((index, {"": self.codes[index], self.form.suffix: self.scale[index]}) for index in stack)
+        yield from ((index, {"": self.codes[index], self.form.suffix: self.scale[index]}) for index in self.indices())
 
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
         rows = slice(start, start + len(values_RC))
         codes, scale = self.form.quantise(values_RC)
         self.codes[index][rows].copy_(codes)
         self.scale[index][self.form.scale_rows(rows)].copy_(scale)
+
+
+class PanelWeight(Weight):
+    """The numbers of a bfloat16 or packed weight, in the order that native kernels read them; without gradients.
+
+    panels: [panels, bytes], of a stack [E, panels, bytes]. The parts of a stack's matrices lie panel by panel by turns,
+    so that one pass has a number of the gate and of the up projection together.
+    """
+
+    panels: Tensor
+
+    def __init__(self, like: Weight, place: Tensor | None = None) -> None:
+        """`place`: the panels' memory, where it is shared; new where None."""
+        super().__init__()
+        self.form, self.shape, self.parts, self.dtype = like.form, like.shape, like.parts, torch.bfloat16
+        self.name = None if like.form is None else like.form.name
+        self.rows, self.cols = self.shape[-2] // self.parts, self.shape[-1]
+        self.register_buffer("panels", native.memory(*self.area(like)) if place is None else place)
+        for index, tensors in like.pieces():
+            codes, *scale = tensors.values()
+            panels.lay(self.name, codes, scale[0] if scale else None, self.cols, self._place(index))
+
+    @staticmethod
+    def area(like: Weight) -> tuple[int, ...]:
+        """The shape of the bytes that the numbers of `like` take."""
+        each = -(-like.shape[-2] // like.parts // panels.PANEL)
+        form = None if like.form is None else like.form.name
+        return (*like.shape[:-2], like.parts * each, panels.panel_bytes(form, like.shape[-1]))
+
+    def _place(self, index: Index) -> Tensor:
+        """The panels of one matrix, a view."""
+        return self.panels if not index else self.panels[index[0]][index[1] :: self.parts]
+
+    def matrix(self, index: Index = ()):
+        """One matrix as native kernels take it."""
+        return native.matrix(self.name, self.rows, self.cols, self._place(index))
+
+    def dense(self) -> Tensor:
+        if len(self.shape) == 2:
+            return self._dense(())
+        return torch.stack([torch.cat([self._dense((e, p)) for p in range(self.parts)]) for e in range(self.shape[0])])
+
+    def linear(self, x: Tensor, expert: int | None = None) -> Tensor:
+        indices = self.indices(expert)
+        if x.dtype != self.dtype:
+            return F.linear(x, torch.cat([self._dense(index) for index in indices]).to(x.dtype))
+        out = [native.linear(x, self.matrix(index), self.rows) for index in indices]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
+        for index in self.indices():
+            codes, scale = panels.unlay(self.name, self._place(index).contiguous(), self.rows, self.cols)
+            yield index, {"": codes} if self.form is None or scale is None else {"": codes, self.form.suffix: scale}
+
+    def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
+        codes, scale = (values_RC.bfloat16(), None) if self.form is None else self.form.quantise(values_RC)
+        panels.lay(self.name, codes, scale, self.cols, self._place(index), start)
+
+    def _dense(self, index: Index) -> Tensor:
+        codes, scale = panels.unlay(self.name, self._place(index).contiguous(), self.rows, self.cols)
+        if self.form is None or scale is None:
+            return codes
+        return self.form.dequantise(codes, scale, self.cols, self.dtype)

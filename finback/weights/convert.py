@@ -49,7 +49,7 @@ def convert(
         tokenizer = _tokenizer(source)
         if tokenizer is None and to_gguf:
             raise UserError(f"{source}: no tokenizer.json; a GGUF file needs the tokenizer of its model")
-        model = reader.load(source, dtype=dtype, force=force)
+        model = reader.load(source, dtype=dtype, force=force, native=False)
         if not to_gguf:
             writer.save(model, tokenizer, out, quantize=quantize)
             for pattern in _KEPT if source.is_dir() else ():

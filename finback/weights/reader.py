@@ -14,6 +14,7 @@ from finback.errors import UserError
 from finback.kernels.quantise import FORMATS
 from finback.model.config import Config
 from finback.model.decoder import Model
+from finback.model.fused import lay_out
 from finback.model.moe import Router
 from finback.model.sizes import memory
 from finback.model.weight import PackedWeight
@@ -37,14 +38,17 @@ def load(
     context: int = 4096,
     force: bool = False,
     expert_memory: int | None = None,
+    native: bool = True,
 ) -> Model:
     """Load a model by path (a folder, or a GGUF file), or by name from the models on this machine, in eval mode.
 
     `dtype`: "auto" keeps the checkpoint's (FP8 matrices stay FP8), or one of float32, bfloat16, float16. `quantize`:
     int8, int4 or fp8 packs the matrices while they are read; the result is kept beside the model and read next time.
     Router weights and correction biases are float32 always. Tensors stream into place: there is no second copy.
-    `expert_memory`: routed experts stay on disk and at most so many bytes of them in memory; such a model computes what
-    the resident one does and cannot be trained; `model.expert_cache` counts (weights.disk.HotExperts).
+    `native`: bfloat16 and packed matrices on the CPU are laid out for the native kernels where there are any
+    (model.fused.lay_out); such a model cannot be trained. `expert_memory`: routed experts stay on disk and at most so
+    many bytes of them in memory; such a model computes what the resident one does without native kernels and cannot be
+    trained either; `model.expert_cache` counts (weights.disk.HotExperts).
 
     Raises UserError for a folder that does not hold what its config.json describes, naming the tensor; and, unless
     `force`, for a model that with a cache of `context` tokens has no room in this machine's memory.
@@ -76,7 +80,10 @@ def load(
         written = packs.keep(model, path, quantize, kept)
         if hot is not None and written is not None:
             hot.connect(written)
-    return model.eval()
+    model.eval()
+    if native and hot is None:
+        lay_out(model)
+    return model
 
 
 def open_source(path: Path) -> store.Source:

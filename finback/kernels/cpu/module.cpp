@@ -1,0 +1,121 @@
+// One Python module per instruction set: the same sources, built again with other flags, so that no code of one
+// set can be linked into another. Addresses are integers: nothing here knows of PyTorch.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#if defined(__AVX512BF16__)
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
+
+#include "panel.h"
+#include "rows.h"
+
+#include "attend.h"
+#include "linear.h"
+
+#include "feed_forward.h"
+#include "latent.h"
+
+namespace nb = nanobind;
+using namespace finback;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// A field that is an address, written as an integer.
+template <class Class, class T>
+void address(nb::class_<Class>& bound, const char* name, T* Class::*field) {
+    bound.def_prop_rw(
+        name, [field](const Class& self) { return reinterpret_cast<uintptr_t>(self.*field); },
+        [field](Class& self, uintptr_t value) { self.*field = at<T>(value); });
+}
+
+void bind_feed_forward(nb::module_& m) {
+    nb::class_<FeedForward> bound(m, "FeedForward");
+    bound.def(nb::init<>())
+        .def_rw("hidden", &FeedForward::hidden)
+        .def_rw("experts", &FeedForward::experts)
+        .def_rw("chosen", &FeedForward::chosen)
+        .def_rw("width", &FeedForward::width)
+        .def_rw("shared_width", &FeedForward::shared_width)
+        .def_rw("eps", &FeedForward::eps)
+        .def_rw("gate_up", &FeedForward::gate_up)
+        .def_rw("down", &FeedForward::down)
+        .def_rw("shared_gate_up", &FeedForward::shared_gate_up)
+        .def_rw("shared_down", &FeedForward::shared_down)
+        .def_rw("gate_up_bytes", &FeedForward::gate_up_bytes)
+        .def_rw("down_bytes", &FeedForward::down_bytes)
+        .def_rw("softmax", &FeedForward::softmax)
+        .def_rw("normalise", &FeedForward::normalise)
+        .def_rw("groups", &FeedForward::groups)
+        .def_rw("kept_groups", &FeedForward::kept_groups)
+        .def_rw("group_best", &FeedForward::group_best)
+        .def_rw("factor", &FeedForward::factor)
+        .def(
+            "__call__",
+            [](const FeedForward& self, uintptr_t x, i64 rows, uintptr_t experts, bool replay, int threads) {
+                feed_forward(self, {at<bf16>(x), rows, at<int64_t>(experts), replay}, threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+    address(bound, "norm", &FeedForward::norm);
+    address(bound, "router", &FeedForward::router);
+    address(bound, "bias", &FeedForward::bias);
+}
+
+void bind_latent(nb::module_& m) {
+    nb::class_<Latent> bound(m, "Latent");
+    bound.def(nb::init<>())
+        .def_rw("hidden", &Latent::hidden)
+        .def_rw("heads", &Latent::heads)
+        .def_rw("nope", &Latent::nope)
+        .def_rw("rope", &Latent::rope)
+        .def_rw("value", &Latent::value)
+        .def_rw("rank", &Latent::rank)
+        .def_rw("eps", &Latent::eps)
+        .def_rw("latent_eps", &Latent::latent_eps)
+        .def_rw("scale", &Latent::scale)
+        .def_rw("q_a", &Latent::q_a)
+        .def_rw("q_b", &Latent::q_b)
+        .def_rw("kv_a", &Latent::kv_a)
+        .def_rw("output", &Latent::output)
+        .def_rw("key_up", &Latent::key_up)
+        .def_rw("value_up", &Latent::value_up)
+        .def_rw("key_up_bytes", &Latent::key_up_bytes)
+        .def_rw("value_up_bytes", &Latent::value_up_bytes)
+        .def(
+            "__call__",
+            [](const Latent& self, uintptr_t x, i64 rows, uintptr_t turn, uintptr_t cache, uintptr_t slot,
+               uintptr_t tables, uintptr_t table, uintptr_t length, int threads) {
+                latent(self,
+                       {at<bf16>(x), rows, at<float>(turn), at<bf16>(cache), at<int64_t>(slot), at<int64_t>(tables),
+                        at<int64_t>(table), at<int64_t>(length)},
+                       threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+    address(bound, "norm", &Latent::norm);
+    address(bound, "q_norm", &Latent::q_norm);
+    address(bound, "kv_norm", &Latent::kv_norm);
+}
+
+}  // namespace
+
+NB_MODULE(FINBACK_MODULE, m) {
+    nb::class_<Pack>(m, "Pack").def("__init__", [](Pack* self, int form, i64 rows, i64 cols, uintptr_t data, i64 stride) {
+        new (self) Pack{Form(form), rows, cols, at<uint8_t>(data), stride};
+    });
+    m.def("panel_bytes", [](int form, i64 cols) { return panel_bytes(Form(form), cols); });
+    m.def(
+        "linear",
+        [](const Pack& weight, uintptr_t x, i64 rows, uintptr_t bias, uintptr_t out, bool wide, int threads) {
+            linear({weight, at<bf16>(x), rows, at<float>(bias), at<void>(out), wide}, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    bind_feed_forward(m);
+    bind_latent(m);
+}

@@ -1,0 +1,108 @@
+"""The compiled kernels of this machine, if there are any: found once, by what the processor says it can do.
+
+FINBACK_KERNELS forces a lower path: avx512, avx2, or torch for none. Addresses are taken here and in model/fused.py,
+and nowhere else; whoever calls keeps the tensors alive.
+"""
+
+import importlib
+import mmap
+import os
+from contextlib import suppress
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from finback import machine
+from finback.errors import UserError
+from finback.kernels.panels import FORMS, PANEL
+
+VARIABLE = "FINBACK_KERNELS"
+LEVELS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+"""What each path needs of the processor, the best first."""
+
+
+def supported() -> list[str]:
+    """The paths that this processor can take, the best first; "torch" is always the last."""
+    flags = machine.cpu_flags()
+    return [level for level, needed in LEVELS.items() if needed <= flags] + ["torch"]
+
+
+def find(level: str | None = None) -> tuple[str, ModuleType | None]:
+    """The path `level`, or the best that is built and that this processor can take; "torch" has no module.
+
+    Raises UserError for a path that is none, cannot be taken here or was not built.
+    """
+    possible = supported()
+    if level is not None and level not in possible:
+        raise UserError(f"{VARIABLE}={level}: not a path of this processor; allowed here: {', '.join(possible)}")
+    for each in [level] if level else possible:
+        if each == "torch":
+            break
+        try:
+            return each, importlib.import_module(f"finback.kernels._{each}")
+        except ImportError:
+            if level is not None:
+                raise UserError(f"{VARIABLE}={level}: these kernels were not built; finback doctor says why") from None
+    return "torch", None
+
+
+_level: tuple[str, ModuleType | None] | None = None
+
+
+def kernels() -> ModuleType | None:
+    """The module that runs here, None where plain torch computes everything."""
+    return _found()[1]
+
+
+def level() -> str:
+    """The path that runs here: a key of LEVELS, or "torch"."""
+    return _found()[0]
+
+
+def use(name: str | None) -> None:
+    """Take the path `name` from now on, the best for None. What is laid out already stays as it is."""
+    global _level
+    _level = find(name)
+
+
+def _found() -> tuple[str, ModuleType | None]:
+    global _level
+    if _level is None:
+        _level = find(os.environ.get(VARIABLE) or None)
+    return _level
+
+
+def matrix(form: str | None, rows: int, cols: int, panels: Tensor):
+    """A matrix as kernels take it; `panels` [P, bytes] as kernels/panels.py lays them out, at any distance."""
+    module = kernels()
+    assert module is not None and panels.stride(-1) == 1 and len(panels) * PANEL >= rows
+    assert panels.shape[-1] == module.panel_bytes(FORMS.index(form), cols)
+    return module.Pack(FORMS.index(form), rows, cols, panels.data_ptr(), panels.stride(0))
+
+
+def linear(x: Tensor, weight, rows: int) -> Tensor:
+    """x [..., in] times a `matrix` of `rows` rows, transposed: [..., rows], bfloat16 both."""
+    module = kernels()
+    assert module is not None and x.dtype == torch.bfloat16
+    x = x.contiguous()
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    count = x.numel() // x.shape[-1]
+    module.linear(weight, x.data_ptr(), count, 0, out.data_ptr(), False, torch.get_num_threads())
+    return out
+
+
+def memory(*shape: int) -> Tensor:
+    """Zeroed bytes in huge pages where the system has them: a matrix is read through far fewer translations."""
+    size = 1
+    for each in shape:
+        size *= each
+    if size < 1 << 21 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=torch.uint8)
+    area = mmap.mmap(-1, size)
+    with suppress(OSError):  # a kernel without them
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8).view(shape)

@@ -1,0 +1,187 @@
+"""The same block in two native calls, one for attention and one for the feed-forward, on weights that lie in panels.
+
+Each takes the residual stream in bfloat16 and adds to it in place: nothing between the matrices is seen by Python.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels import native, panels
+from finback.model.attention import Context, LatentAttention, Pages
+from finback.model.block import Block
+from finback.model.linear import MLP, RMSNorm
+from finback.model.moe import MoE, Routing
+from finback.model.weight import DenseWeight, PackedWeight, PanelWeight, Weight
+
+
+def lay_out(model: nn.Module) -> bool:
+    """Put every bfloat16 or packed matrix of a model on the CPU into panels, one at a time; fuse its blocks.
+
+    Does nothing, and says False, where there are no native kernels. Such a model cannot be trained.
+    """
+    if native.kernels() is None:
+        return False
+    for mlp in [module for module in model.modules() if isinstance(module, MLP)]:
+        _by_turns(mlp)
+    owners = [(owner, name) for owner in model.modules() for name, weight in owner.named_children() if _fits(weight)]
+    for owner, name in owners:
+        setattr(owner, name, PanelWeight(getattr(owner, name)))
+    if owners:
+        model.requires_grad_(False)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.fused = Fused.of(block)
+    return bool(owners)
+
+
+def _by_turns(mlp: Any) -> None:
+    """Gate and up projection share memory, a panel of each by turns: one pass has a number of both together."""
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    if _fits(gate) and _fits(up) and gate.form is up.form:
+        rows, size = PanelWeight.area(gate)
+        both = native.memory(2 * rows, size)
+        mlp.gate_proj.weight, mlp.up_proj.weight = PanelWeight(gate, both[::2]), PanelWeight(up, both[1::2])
+
+
+def _fits(weight: nn.Module) -> bool:
+    if isinstance(weight, DenseWeight):
+        value = weight.value
+        return value.dtype == torch.bfloat16 and value.device.type == "cpu" and not value.is_meta
+    return isinstance(weight, PackedWeight) and weight.codes.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+class Fused:
+    """A block's feed-forward, and its attention where that is latent."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.feed_forward = FusedFeedForward(block.post_attention_layernorm, block.mlp)
+        latent = isinstance(block.self_attn, LatentAttention)
+        self.attention = FusedLatent(block.input_layernorm, block.self_attn) if latent else None
+
+    @classmethod
+    def of(cls, block: Block) -> "Fused | None":
+        """None where a matrix of the block is not in panels, or its kinds are mixed."""
+        weights = [module for module in block.modules() if isinstance(module, Weight)]
+        alike = len({(type(weight), weight.form) for weight in weights}) == 1
+        return cls(block) if alike and isinstance(weights[0], PanelWeight) else None
+
+    def takes(self, x_BTD: Tensor) -> bool:
+        """Whether the calls below do what is asked."""
+        return x_BTD.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not self.block.training
+
+    def __call__(self, x_BTD: Tensor, context: Context, routing: Routing | None) -> Tensor:
+        """As the block's own forward."""
+        block = self.block
+        pages = None if context.cache is None or self.attention is None else context.cache.pages(block.self_attn.layer)
+        if pages is None:
+            x_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD), context)
+        else:
+            assert self.attention is not None
+            x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
+            self.attention(x_BTD, context.turn, pages)
+        self.feed_forward(x_BTD, block.self_attn.layer, routing)
+        return x_BTD
+
+
+class FusedFeedForward:
+    """x + mlp(norm(x)) of one block, dense or a mixture."""
+
+    def __init__(self, norm: RMSNorm, mlp: Any) -> None:  # Any: its weights are known to be in panels
+        module = native.kernels()
+        assert module is not None
+        self.call = call = module.FeedForward()
+        self._kept: list[Tensor] = []
+        call.hidden, call.eps, call.norm = norm.weight.numel(), norm.eps, self._floats(norm.weight)
+        shared = mlp if isinstance(mlp, MLP) else mlp.shared_experts
+        if shared is not None:
+            gate: Any = shared.gate_proj.weight
+            down: Any = shared.down_proj.weight
+            call.shared_width = gate.rows
+            call.shared_gate_up = self._both(gate.panels, gate)
+            call.shared_down = down.matrix()
+        if isinstance(mlp, MoE):
+            self._mixture(mlp)
+
+    def _mixture(self, mlp: Any) -> None:
+        call, config, experts = self.call, mlp.gate.config, mlp.experts
+        call.experts, call.chosen = config.n_routed_experts, config.num_experts_per_tok
+        call.width = config.moe_intermediate_size
+        call.gate_up = self._both(experts.gate_up.panels[0, ::2], experts.gate_up)
+        call.down = experts.down.matrix((0, 0))
+        call.gate_up_bytes, call.down_bytes = experts.gate_up.panels[0].numel(), experts.down.panels[0].numel()
+        call.router = self._floats(mlp.gate.weight)
+        bias = mlp.gate.e_score_correction_bias
+        call.bias = 0 if bias is None else self._floats(bias)
+        call.softmax, call.normalise = config.scoring_func != "sigmoid", config.norm_topk_prob
+        limited = config.n_group > 1 and config.topk_method != "greedy"
+        call.groups, call.kept_groups = (config.n_group, config.topk_group) if limited else (1, 1)
+        call.group_best, call.factor = 1 if bias is None else 2, config.routed_scaling_factor
+
+    @staticmethod
+    def _both(gate_PB: Tensor, weight: PanelWeight) -> Any:
+        """Gate and up panels by turns, as one matrix: the gate's panels are every other one."""
+        together = gate_PB.as_strided((2 * len(gate_PB), gate_PB.shape[1]), (gate_PB.shape[1], 1))
+        assert gate_PB.stride(0) == 2 * gate_PB.shape[1]
+        return native.matrix(weight.name, len(together) * panels.PANEL, weight.cols, together)
+
+    def _floats(self, values: Tensor) -> int:
+        self._kept.append(values.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def __call__(self, x_BTD: Tensor, layer: int, routing: Routing | None) -> None:
+        """Adds to x, in place; the choice of experts is recorded in `routing`, or replayed from it."""
+        rows = x_BTD.numel() // x_BTD.shape[-1]
+        experts, replay = None, False
+        if routing is not None and self.call.experts:
+            replay = layer in routing
+            experts = routing[layer].contiguous() if replay else torch.empty(rows, self.call.chosen, dtype=torch.int64)
+            routing[layer] = experts
+        address = 0 if experts is None else experts.data_ptr()
+        self.call(x_BTD.data_ptr(), rows, address, replay, torch.get_num_threads())
+
+
+class FusedLatent:
+    """x + attention(norm(x)) of tokens that each see a cached sequence, in the absorbed form."""
+
+    def __init__(self, norm: RMSNorm, attention: Any) -> None:
+        module = native.kernels()
+        assert module is not None
+        config = attention.config
+        self.call = call = module.Latent()
+        self._kept: list[Any] = []
+        call.hidden, call.heads = config.hidden_size, config.num_attention_heads
+        call.nope, call.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        call.value, call.rank = config.v_head_dim, attention.rank
+        call.eps, call.latent_eps, call.scale = norm.eps, attention.kv_a_layernorm.eps, attention.scale
+        call.norm, call.kv_norm = self._floats(norm.weight), self._floats(attention.kv_a_layernorm.weight)
+        if config.q_lora_rank is None:
+            call.q_b = attention.q_proj.weight.matrix()
+        else:
+            call.q_a, call.q_b = attention.q_a_proj.weight.matrix(), attention.q_b_proj.weight.matrix()
+            call.q_norm = self._floats(attention.q_a_layernorm.weight)
+        call.kv_a = attention.kv_a_proj_with_mqa.weight.matrix()
+        call.output = attention.o_proj.weight.matrix()
+        weight_HXL = attention.kv_b_proj.weight.dense().bfloat16().unflatten(0, (call.heads, -1))
+        call.key_up, call.key_up_bytes = self._heads(weight_HXL[:, : call.nope].transpose(1, 2))
+        call.value_up, call.value_up_bytes = self._heads(weight_HXL[:, call.nope :])
+
+    def _heads(self, weight_HRC: Tensor) -> tuple[Any, int]:
+        heads, rows, cols = weight_HRC.shape
+        held = native.memory(heads, -(-rows // panels.PANEL), panels.panel_bytes(None, cols))
+        for matrix_RC, place in zip(weight_HRC, held, strict=True):
+            panels.lay(None, matrix_RC.contiguous(), None, cols, place)
+        self._kept.append(held)
+        return native.matrix(None, rows, cols, held[0]), held[0].numel()
+
+    def _floats(self, values: Tensor) -> int:
+        self._kept.append(values.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def __call__(self, x_BTD: Tensor, turn: Tensor, pages: Pages) -> None:
+        """Adds to x, in place, after writing the tokens' entries into the cache."""
+        assert turn.dtype == torch.complex64 and turn.is_contiguous() and pages.entries_SC.dtype == torch.bfloat16
+        rows = x_BTD.numel() // x_BTD.shape[-1]
+        where = (each.data_ptr() for each in pages)
+        self.call(x_BTD.data_ptr(), rows, turn.data_ptr(), *where, torch.get_num_threads())

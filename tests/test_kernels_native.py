@@ -1,0 +1,215 @@
+"""Native kernels against plain torch in float32, on every path that this processor can take."""
+
+import copy
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from paged import Sequence, paged
+from tiny_model import tiny, tiny_model, tokens
+
+from finback.engine.batch import flat
+from finback.engine.scheduler import Work
+from finback.errors import UserError
+from finback.kernels import native, panels
+from finback.kernels.quantise import FORMATS
+from finback.model.attention import Context
+from finback.model.fused import lay_out
+
+PATHS = pytest.mark.parametrize("path", [level for level in native.supported() if level != "torch"])
+FORMS = pytest.mark.parametrize("form", panels.FORMS)
+# bfloat16 rounds the result; integer weights meet rows of 8 bits: half a step of 127 of each group's largest number.
+BOUND = {None: 2**-8, "fp8": 2**-8, "int8": 0.012, "int4": 0.012}
+
+
+@pytest.fixture(autouse=True)
+def _best_path_again():
+    with torch.no_grad():
+        yield
+    native.use(None)
+
+
+def stored(form: str | None, rows: int, cols: int, seed: int = 0):
+    """Codes, scales, and the float32 numbers that they stand for."""
+    values = 0.1 * torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    if form is None:
+        return values.bfloat16(), None, values.bfloat16().float()
+    codes, scale = FORMATS[form].quantise(values)
+    return codes, scale, FORMATS[form].dequantise(codes, scale, cols, torch.float32)
+
+
+def laid(form: str | None, codes, scale, cols: int) -> torch.Tensor:
+    out = torch.full((-(-len(codes) // panels.PANEL), panels.panel_bytes(form, cols)), 99, dtype=torch.uint8)
+    panels.lay(form, codes, scale, cols, out)
+    return out
+
+
+def rows_of(count: int, cols: int) -> torch.Tensor:
+    return torch.randn(count, cols, generator=torch.Generator().manual_seed(count)).bfloat16()
+
+
+def near(got: torch.Tensor, wanted: torch.Tensor, bound: float) -> None:
+    assert torch.isfinite(got).all()
+    assert (got.float() - wanted.float()).norm() <= bound * wanted.float().norm()
+
+
+@FORMS
+@given(rows=st.integers(1, 300), cols=st.integers(1, 300))
+def test_panels_keep_every_number(form, rows, cols):
+    codes, scale, _ = stored(form, rows, cols)
+    again, scale_again = panels.unlay(form, laid(form, codes, scale, cols), rows, cols)
+    assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+    assert scale is None or torch.equal(scale_again, scale)
+
+
+@FORMS
+def test_panels_are_filled_in_parts(form):
+    codes, scale, _ = stored(form, 300, 50)
+    out = torch.full((19, panels.panel_bytes(form, 50)), 7, dtype=torch.uint8)
+    for start in (128, 0, 256):
+        rows = slice(start, min(start + 128, 300))
+        part = None if scale is None else scale[FORMATS[form].scale_rows(rows)]
+        panels.lay(form, codes[rows], part, 50, out, start)
+    assert torch.equal(out, laid(form, codes, scale, 50))
+
+
+@PATHS
+@FORMS
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (1, 1), (17, 31), (100, 72), (300, 514), (256, 1024), (33, 260)])
+def test_linear_of_few_and_many_rows(path, form, rows, cols):
+    native.use(path)
+    codes, scale, numbers = stored(form, rows, cols)
+    held = laid(form, codes, scale, cols)
+    matrix = native.matrix(form, rows, cols, held)
+    for count in (1, 2, 3, 4, 5, 8, 9, 16, 17, 41):
+        x = rows_of(count, cols)
+        near(native.linear(x, matrix, rows), x.float() @ numbers.T, BOUND[form])
+
+
+@PATHS
+@FORMS
+def test_a_rows_bits_do_not_depend_on_the_others(path, form):
+    native.use(path)
+    codes, scale, _ = stored(form, 144, 200)
+    held = laid(form, codes, scale, 200)
+    x = rows_of(40, 200)
+    matrix = native.matrix(form, 144, 200, held)
+    whole = native.linear(x, matrix, 144)
+    for count in (1, 2, 3, 4, 5, 6, 7, 9, 17):
+        for first in (0, 11):
+            part = x[first : first + count].clone()
+            assert torch.equal(native.linear(part, matrix, 144), whole[first : first + count])
+
+
+@PATHS
+def test_every_fp8_code(path):
+    """All 254 finite codes, subnormal ones too, exactly."""
+    native.use(path)
+    codes = torch.tensor([c for c in range(256) if c & 127 != 127], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = torch.cat((codes, codes[:2])).view(2, 128)
+    held = laid("fp8", codes, torch.ones(1, 1), 128)
+    out = native.linear(torch.eye(128).bfloat16(), native.matrix("fp8", 2, 128, held), 2)
+    assert torch.equal(out.float(), codes.float().T)
+
+
+def blocks(path: str, quantize: str | None = None, **settings):
+    """A tiny model in bfloat16 numbers computed in float32, and the same in panels."""
+    native.use(path)
+    config = tiny(**settings)
+    plain = tiny_model(config).eval().bfloat16()
+    for _, router in plain.routers():
+        router.weight.data = router.weight.data.float()
+    fused = copy.deepcopy(plain)
+    assert lay_out(fused)
+    return config, plain.float(), fused
+
+
+ROUTERS = [
+    {},
+    {"q_lora_rank": None},
+    {"n_group": 1, "topk_group": 1},
+    {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+    {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    {"moe_intermediate_size": 20, "intermediate_size": 52},
+    {"n_shared_experts": 0},
+]
+
+
+@PATHS
+@pytest.mark.parametrize("settings", ROUTERS, ids=str)
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_feed_forward_of_a_block(path, settings, count):
+    """Dense and mixed, experts without rows and with many; the choice is the router's own, recorded and replayed."""
+    config, plain, fused = blocks(path, **settings)
+    x = rows_of(count, config.hidden_size).unsqueeze(0)
+    for name, block in plain.decoder.layers.items():
+        layer, ours = int(name), fused.decoder.layers[name].fused
+        chosen, recorded = {}, {}
+        normed = block.post_attention_layernorm(x.float()).bfloat16().float()
+        added = block.mlp(normed, chosen) if config.is_moe(layer) else block.mlp(normed)
+        got = x.clone()
+        ours.feed_forward(got, layer, recorded)
+        near(got.float() - x.float(), added, 2**-6)  # of what is added: x takes some of bfloat16's 8 bits
+        if config.is_moe(layer):
+            assert torch.equal(recorded[layer].sort(-1).values, chosen[layer].sort(-1).values)
+            other = {layer: (chosen[layer] + 1) % config.n_routed_experts}
+            replayed = x.clone()
+            ours.feed_forward(replayed, layer, dict(other))
+            near(replayed.float() - x.float(), block.mlp(normed, dict(other)), 2**-6)
+
+
+@PATHS
+@pytest.mark.parametrize(
+    "settings", [{}, {"q_lora_rank": None}, {"num_attention_heads": 3}, {"v_head_dim": 20}], ids=str
+)
+def test_latent_attention_of_a_block(path, settings):
+    """Decoding and guesses, at depths within a block, at its end, past a chunk of 256; the cache gets its entries."""
+    config, plain, fused = blocks(path, max_position_embeddings=1024, **settings)
+    (cache, pool), (twin, _) = paged(config, blocks=80, dtype=torch.bfloat16), paged(config, blocks=80)
+    cache.storage.normal_(generator=torch.Generator().manual_seed(1))
+    twin.storage.copy_(cache.storage)
+    works = []
+    for depth, count in ((0, 1), (15, 1), (16, 3), (257, 1), (512, 4), (100, 16)):
+        row = Sequence(tokens(600, seed=depth).tolist())
+        row.blocks = [pool.take() for _ in range((depth + count - 1) // 16 + 1)]
+        works.append(Work(row, depth, count))
+    ours, theirs = flat(cache, works), flat(twin, works)
+    x = rows_of(ours.ids_1N.shape[1], config.hidden_size).unsqueeze(0)
+    context = Context.build(config, theirs.positions_1N, x.shape[:2], "cpu", theirs.view)
+    block = plain.decoder.layers["1"]
+    added = block.self_attn(block.input_layernorm(x.float()), context)
+    got = x.clone()
+    pages = ours.view.pages(1)
+    assert pages is not None
+    fused.decoder.layers["1"].fused.attention(got, context.turn, pages)
+    near(got.float() - x.float(), added, 2**-5)
+    near(cache.storage[1], twin.storage[1], 2**-8)
+    assert torch.equal(cache.storage[0].float(), twin.storage[0])
+
+
+def test_paths_are_named(monkeypatch):
+    assert native.supported()[-1] == "torch"
+    for wrong in ("sse", "AVX2"):
+        with pytest.raises(UserError, match=f"{native.VARIABLE}={wrong}.*allowed here: .*torch"):
+            native.find(wrong)
+    assert native.find("torch") == ("torch", None)
+    monkeypatch.setattr(native.machine, "cpu_flags", set)
+    assert native.supported() == ["torch"] and native.find() == ("torch", None)
+    with pytest.raises(UserError, match="not a path of this processor"):
+        native.find("avx2")
+
+
+def test_without_kernels_nothing_is_laid_out():
+    native.use("torch")
+    model = tiny_model(tiny()).eval().bfloat16()
+    before = model.state_dict().keys()
+    assert not lay_out(model) and model.state_dict().keys() == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_where_kernels_must_be_they_are():
+    """CI sets FINBACK_REQUIRE_NATIVE: a build that fails silently would leave everything else untested."""
+    if os.environ.get("FINBACK_REQUIRE_NATIVE") and "avx2" in native.supported():
+        assert native.kernels() is not None
