@@ -37,8 +37,8 @@ MUTATIONS = [
     Mutation(
         SCHEDULER,
         "        request.forget()\n",
-        "        request.blocks = []\n",
-        [f"{TEST_GENERATE}::test_refresh_recomputes_with_the_new_weights"],
+        "        request.cached = 0\n",
+        [f"{TEST_GENERATE}::test_refresh_in_the_middle_changes_nothing_about_the_prompt"],
         "refresh keeps what the old weights computed",
     ),
     Mutation(
@@ -226,7 +226,7 @@ MUTATIONS = [
     ),
     Mutation(
         CORE,
-        "                self.counters.prompt_tokens += request.prompt_tokens\n",
+        "                    self.counters.prompt_tokens += request.prompt_tokens\n",
         "",
         OF_N,
         "more tokens are found in the cache than were asked for",
