@@ -240,8 +240,8 @@ MUTATIONS = [
     ),
     Mutation(
         CORE,
-        "            if work.request.error is None:\n",
-        "            if True:\n",
+        "self._keep(sound, lines)",
+        "self._keep(works, lines)",
         FINITE,
         "others find what a failed request left in its blocks",
     ),
@@ -270,7 +270,7 @@ MUTATIONS = [
         CORE,
         "        moved += [work.request for work in works if work.request.done and work.request not in moved]\n",
         "",
-        FINITE,
+        [f"{TEST_FAULTS}::test_a_failed_request_is_told_of_and_gone_in_the_step_in_which_it_failed"],
         "a request that failed keeps its row and its blocks",
     ),
     Mutation(
