@@ -148,7 +148,7 @@ MUTATIONS = [
     Mutation(
         BATCH,
         "for place in range(work.start, work.start + work.count)]\n    slots",
-        "for place in range(work.start + 1, work.start + work.count + 1)]\n    slots",
+        "for place in range(work.start + (work.start > 0), work.start + (work.start > 0) + work.count)]\n    slots",
         MIXED,
         "positions of a chunk are one too far",
     ),
