@@ -175,6 +175,22 @@ def test_in_fixed_order_a_rows_bits_do_not_depend_on_the_others(form):
         assert torch.equal(run(other, alike, weights)[5], first)
 
 
+@pytest.mark.parametrize("form", ["ffn", "loop", "stream"])
+def test_in_fixed_order_every_product_has_all_rows(form, monkeypatch):
+    """So that its sums have one order, which the bits of some machines would not show."""
+    x, weights, experts = random(16, 6), random(16, 3), chosen(16)
+    gate_up, down, plain, seen = random(9, 8, 6), random(9, 6, 4), F.linear, []
+    monkeypatch.setattr(F, "linear", lambda rows, weight: seen.append(len(rows)) or plain(rows, weight))
+    with dispatch.fixed_order():
+        if form == "ffn":
+            dispatch.expert_ffn(x, gate_up, down, experts, weights)
+        elif form == "loop":
+            dispatch.expert_loop(x, *products(gate_up, down), experts, weights)
+        else:
+            dispatch.expert_stream(x, *products(gate_up, down), 9, experts, weights)
+    assert seen == [16] * 2 * len(experts.unique())
+
+
 def test_fixed_order_ends_with_its_block():
     from finback.kernels import order
 
