@@ -181,7 +181,7 @@ MUTATIONS = [
         LATENT,
         ".to(wide_dtype(query)).mul_(scale)",
         ".mul_(scale)",
-        [f"{TEST_SERVING}::test_latent_attention_weighs_in_float32"],
+        [f"{TEST_SERVING}::test_latent_attention_scales_its_scores_in_float32"],
         "scores and weights are rounded to bfloat16",
     ),
     Mutation(

@@ -1,5 +1,7 @@
 """The kernels' ways without gradients, which generation takes, against their specification and those with gradients."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -50,6 +52,15 @@ def test_latent_attention_weighs_in_float32():
     query[..., 2], entry[0, -1, 2], entry[0, -1, 0] = 1, 4096.0, 1
     found = dispatch.latent_attention(query.bfloat16(), entry.bfloat16(), 2, 8.317766 / 4096, None)
     assert found[0, 0, 0, 0].item() == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+def test_latent_attention_scales_its_scores_in_float32(rank):
+    """Scores of 128 and 129, which bfloat16 holds; 0.37 of them it does not. Of a small cache and of a large one."""
+    query, entry = torch.zeros(1, 1, 1, rank + 1), torch.zeros(1, 4097, rank + 1)
+    query[..., -1], entry[0, 5, -1], entry[0, 9, -1], entry[0, 9, 0] = 1, 128.0, 129.0, 1
+    found = dispatch.latent_attention(query.bfloat16(), entry.bfloat16(), rank, 0.37, None)
+    assert found[0, 0, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-0.37)), rel=0.01)
 
 
 def test_latent_attention_of_a_cache_in_another_dtype():
