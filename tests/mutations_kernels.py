@@ -8,6 +8,7 @@ LATENT, LINEAR, ORDER = "kernels/latent.py", "kernels/linear.py", "kernels/order
 TEST_SERVING = "test_kernels_serving.py"
 TEST_LATENT = f"{TEST_SERVING}::test_latent_attention"
 TEST_FORMS = f"{TEST_SERVING}::test_experts_in_every_form"
+ALL_ROWS = [f"{TEST_SERVING}::test_in_fixed_order_every_product_has_all_rows"]
 TEST_ATTENTION = "test_kernels.py::test_attention_value_and_gradient"
 TEST_EXPERTS = "test_kernels.py::test_experts_value_and_gradient"
 TEST_NORM = "test_kernels.py::test_rms_norm_value_and_gradient"
@@ -180,7 +181,7 @@ MUTATIONS = [
         LATENT,
         ".to(wide_dtype(query)).mul_(scale)",
         ".mul_(scale)",
-        [f"{TEST_SERVING}::test_latent_attention_weighs_in_float32"],
+        [f"{TEST_SERVING}::test_latent_attention_scales_its_scores_in_float32"],
         "scores and weights are rounded to bfloat16",
     ),
     Mutation(
@@ -251,7 +252,7 @@ MUTATIONS = [
         ORDER,
         "gate, up = gate_up(x_ND, expert).chunk(2, dim=-1)\n        result = down(F.silu(gate) * up, expert)[token]",
         "gate, up = gate_up(x_ND[token], expert).chunk(2, dim=-1)\n        result = down(F.silu(gate) * up, expert)",
-        [f"{TEST_SERVING}::test_in_fixed_order_a_rows_bits_do_not_depend_on_the_others"],
+        ALL_ROWS,
         "the order of an expert's sums depends on how many rows chose it",
     ),
     Mutation(
@@ -272,7 +273,7 @@ MUTATIONS = [
         ORDER,
         "loop = _all_rows if _fixed else reference.expert_loop",
         "loop = reference.expert_loop",
-        [f"{TEST_SERVING}::test_in_fixed_order_a_rows_bits_do_not_depend_on_the_others"],
+        ALL_ROWS,
         "expert by expert, sums depend on the company even in fixed order",
     ),
 ]

@@ -161,7 +161,7 @@ MUTATIONS = [
     Mutation(
         REQUEST,
         "self._taken = (len(self._transcript.reasoning), len(self._transcript.text))",
-        "self._taken = (len(self._transcript.text), len(self._transcript.text))",
+        "self._taken = (thought, len(self._transcript.text))",
         [f"{TEST_REQUESTS}::test_stream_gives_the_same_text_piece_by_piece"],
         "streamed thinking is given out again",
     ),

@@ -37,8 +37,8 @@ MUTATIONS = [
     Mutation(
         SCHEDULER,
         "        request.forget()\n",
-        "        request.blocks = []\n",
-        [f"{TEST_GENERATE}::test_refresh_recomputes_with_the_new_weights"],
+        "        request.cached = 0\n",
+        [f"{TEST_GENERATE}::test_refresh_in_the_middle_changes_nothing_about_the_prompt"],
         "refresh keeps what the old weights computed",
     ),
     Mutation(
@@ -226,7 +226,7 @@ MUTATIONS = [
     ),
     Mutation(
         CORE,
-        "                self.counters.prompt_tokens += request.prompt_tokens\n",
+        "                    self.counters.prompt_tokens += request.prompt_tokens\n",
         "",
         OF_N,
         "more tokens are found in the cache than were asked for",
@@ -240,8 +240,8 @@ MUTATIONS = [
     ),
     Mutation(
         CORE,
-        "            if work.request.error is None:\n",
-        "            if True:\n",
+        "self._keep(sound, lines)",
+        "self._keep(works, lines)",
         FINITE,
         "others find what a failed request left in its blocks",
     ),
@@ -270,7 +270,7 @@ MUTATIONS = [
         CORE,
         "        moved += [work.request for work in works if work.request.done and work.request not in moved]\n",
         "",
-        FINITE,
+        [f"{TEST_FAULTS}::test_a_failed_request_is_told_of_and_gone_in_the_step_in_which_it_failed"],
         "a request that failed keeps its row and its blocks",
     ),
     Mutation(

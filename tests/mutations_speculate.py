@@ -52,7 +52,7 @@ MUTATIONS = [
         CORE,
         "            request.drafts = []\n            request.cached = len(request.ids) - 1",
         "            request.cached = len(request.ids) - 1",
-        WRONG,
+        OFF,
         "guesses that did not come are guessed again",
     ),
     Mutation(
@@ -122,7 +122,7 @@ MUTATIONS = [
         SPECULATE,
         "if after.start < len(work.request.blocks) * BLOCK:",
         "if after.start <= len(work.request.blocks) * BLOCK:",
-        [f"{TEST}::test_mtp_guesses_further_tokens_from_its_own_output"],
+        [f"{TEST}::test_a_guess_takes_no_new_block"],
         "a guess is written where the request has no block",
     ),
     Mutation(

@@ -34,6 +34,18 @@ def test_one_pass_over_every_kind_of_work_equals_whole_ones():
         torch.testing.assert_close(said, whole(model, row), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("before", [(15, 15), (31, 31), (15,), (31,)])
+def test_rows_that_fill_their_blocks_see_all_of_them(before):
+    """One new token each, at the end of a block: no mask is needed, and the earlier tokens are seen all the same."""
+    model = tiny_model(CONFIG)
+    cache, pool = paged(CONFIG)
+    rows = [Sequence(tokens(40, seed=i).tolist()) for i in range(len(before))]
+    advance(model, cache, pool, dict(zip(rows, before, strict=True)))
+    said = advance(model, cache, pool, dict.fromkeys(rows, 1))
+    for row in rows:
+        torch.testing.assert_close(said[row][-1], whole(model, row)[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_no_pass_reads_what_is_nobodys_or_anothers():
     """A short row beside a longer one: what fills its table up must not be a block that may hold anything."""
     model = tiny_model(CONFIG)

@@ -69,6 +69,15 @@ def test_numbers_that_are_not_finite_end_their_request_and_reach_no_other(place)
     assert engine.stats().failed == 2 and engine.stats().finished == 4
 
 
+def test_a_failed_request_is_told_of_and_gone_in_the_step_in_which_it_failed():
+    engine = Engine(poisoned(), max_batch=1)
+    bad, good = engine.submit([3, POISON], GREEDY), engine.submit(PROMPTS[0], GREEDY)
+    assert engine.step() == [bad] and bad.completion().finish_reason == "error"
+    assert engine.core.pool.used == 0 and engine.core.scheduler.running == []
+    assert engine.step() == [good], "its row is free"
+    drain(engine)
+
+
 def test_a_failed_request_leaves_shared_blocks_as_they_are():
     """Two begin alike; the one that fails at its end must not wipe what the other still reads."""
     engine = Engine(poisoned(), max_batch=3, options=Options(step_tokens=400))

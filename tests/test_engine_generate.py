@@ -135,7 +135,7 @@ def test_refresh_recomputes_with_the_new_weights(model):
 
 def test_refresh_in_the_middle_changes_nothing_about_the_prompt(model):
     """What is computed again with it goes on beyond its end."""
-    wishes = {"prompt_logprobs": True, "embedding": True}
+    wishes = {"prompt_logprobs": True, "embedding": True, "routing": True}
     once = next(Engine(model).generate([PROMPTS[2]], GREEDY, **wishes))
     engine = Engine(model)
     request = engine.submit(PROMPTS[2], GREEDY, **wishes)
@@ -148,6 +148,8 @@ def test_refresh_in_the_middle_changes_nothing_about_the_prompt(model):
     assert again.token_ids == once.token_ids
     assert again.prompt_logprobs == pytest.approx(once.prompt_logprobs, abs=TOLERANCE)
     torch.testing.assert_close(again.embedding, once.embedding, atol=TOLERANCE, rtol=TOLERANCE)
+    for layer, experts in once.routing.items():
+        assert torch.equal(again.routing[layer].sort(-1).values, experts.sort(-1).values)
 
 
 def test_a_model_in_training_mode_is_left_as_it_was(model):

@@ -85,6 +85,8 @@ def test_work_of_who_had_to_give_back_its_blocks_is_not_run(monkeypatch):
     monkeypatch.setattr(engine.core.scheduler, "plan", lambda: planned.append(plan()) or planned[-1])
     while not first.done:
         engine.step()
+        counts = {work.request: work.count for work in planned[-1]}
+        assert first in counts or counts[second] == 14, "it waits for a shorter prompt alone"
         for work in planned[-1]:
             assert work.request not in engine.core.scheduler.waiting
             assert work.request.done or len(work.request.blocks) * BLOCK >= work.start + work.count

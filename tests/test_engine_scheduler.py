@@ -93,11 +93,19 @@ def test_whatever_happens_no_block_is_lost_and_every_request_gives_what_it_gives
             assert (completion.token_ids, completion.finish_reason) == (expected, reason)
 
 
-def test_a_full_cache_preempts_the_last_and_loses_nothing():
+def test_a_full_cache_preempts_the_last_and_loses_nothing(monkeypatch):
     engine = Engine(MODEL, max_batch=4, options=Options(cache_memory=12 * BLOCK_BYTES, prefix_cache=False))
+    scheduler, last = engine.core.scheduler, []
+    requeue = scheduler.requeue
+
+    def observed(request: Request) -> None:
+        last.append(request.arrival == max(other.arrival for other in scheduler.running))
+        requeue(request)
+
+    monkeypatch.setattr(scheduler, "requeue", observed)
     each = [Sampling(max_tokens=80, temperature=1, seed=i, ignore_eos=True) for i in range(4)]
     done = sorted(engine.generate(PROMPTS[:4], each), key=lambda c: c.index)
-    assert engine.stats().preemptions > 0
+    assert engine.stats().preemptions == len(last) > 0 and all(last)
     assert engine.stats().prompt_tokens == sum(map(len, PROMPTS[:4])), "counted once, however often computed"
     for prompt, sampling, completion in zip(PROMPTS, each, done, strict=False):
         assert completion.token_ids == solo(prompt, sampling, 0)[0]
@@ -141,7 +149,7 @@ def test_a_short_prompt_goes_before_the_rest_of_a_long_one():
     engine.submit([7] * 3000, Sampling(max_tokens=5))
     for _ in range(10):
         engine.step()
-    short = engine.submit([7] * 40, Sampling(max_tokens=5))
+    short = engine.submit([8] * 40, Sampling(max_tokens=5))  # nothing of it is in the cache
     engine.step()
     assert len(short.choices) == 1
     assert works(engine)[40] == 1, "it decodes in every further step"
@@ -212,6 +220,7 @@ def test_the_pool_against_a_model(data):
     pool = BlockPool(5)
     references: dict[int, int] = {}
     keys: dict[bytes, int] = {}
+    ever: set[bytes] = set()
     kept: list[int] = []
     for number in range(data.draw(st.integers(1, 60))):
         action = data.draw(st.sampled_from(["take", "take", "release", "release", "share", "publish", "forget"]))
@@ -239,6 +248,7 @@ def test_the_pool_against_a_model(data):
             if action == "publish":
                 done = pool.publish(block, key := child_key(root_key("t"), [number]))
                 assert done == (block not in keys.values())
+                ever.add(key)
                 keys |= {key: block} if done else {}
                 continue
             pool.release(block)
@@ -250,7 +260,8 @@ def test_the_pool_against_a_model(data):
             pool.forget()
             keys, kept = {}, []
         assert pool.used == len(references) and pool.kept == len(kept) and pool.available == 5 - len(references)
-        assert all(pool.find(key) == block for key, block in keys.items())
+        assert {key: found for key in ever if (found := pool.find(key)) is not None} == keys
+        assert all(pool.published(block) == (block in keys.values()) for block in range(1, 6))
 
 
 def test_equal_blocks_are_published_once():

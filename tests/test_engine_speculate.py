@@ -11,6 +11,7 @@ from scripted_model import ScriptedModel
 from tiny_model import tiny, tiny_model, tokens
 
 from finback.engine import Engine, Options, Sampling
+from finback.engine.blocks import BLOCK
 from finback.engine.sampling import choose
 from finback.engine.speculate import Advance, NgramDrafter, Pace, room, wants
 from finback.errors import UserError
@@ -113,6 +114,16 @@ def test_mtp_guesses_further_tokens_from_its_own_output():
     plain = next(Engine(MODEL).generate(PROMPTS[:1], Sampling(max_tokens=30, temperature=0, ignore_eos=True)))
     assert completion.token_ids == plain.token_ids
     assert completion.drafted > 40
+
+
+@pytest.mark.filterwarnings("error:speculation failed")
+@pytest.mark.parametrize("length, guesses", [(14, 3), (15, 2), (16, 1), (31, 2), (32, 1)])
+def test_a_guess_takes_no_new_block(length, guesses):
+    """Behind the end of the request's blocks the module has nowhere to write: it stops guessing there."""
+    engine = Engine(MODEL, options=Options(speculate="mtp", draft_tokens=3, adaptive=False))
+    request = engine.submit(tokens(length, seed=1).tolist(), Sampling(max_tokens=20, temperature=0, ignore_eos=True))
+    engine.step()
+    assert len(request.drafts) == guesses and len(request.blocks) == -(-length // BLOCK)
 
 
 def test_a_second_guess_is_made_from_the_first_and_the_modules_own_output():

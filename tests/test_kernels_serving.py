@@ -1,5 +1,7 @@
 """The kernels' ways without gradients, which generation takes, against their specification and those with gradients."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -50,6 +52,15 @@ def test_latent_attention_weighs_in_float32():
     query[..., 2], entry[0, -1, 2], entry[0, -1, 0] = 1, 4096.0, 1
     found = dispatch.latent_attention(query.bfloat16(), entry.bfloat16(), 2, 8.317766 / 4096, None)
     assert found[0, 0, 0, 0].item() == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+def test_latent_attention_scales_its_scores_in_float32(rank):
+    """Scores of 128 and 129, which bfloat16 holds; 0.37 of them it does not. Of a small cache and of a large one."""
+    query, entry = torch.zeros(1, 1, 1, rank + 1), torch.zeros(1, 4097, rank + 1)
+    query[..., -1], entry[0, 5, -1], entry[0, 9, -1], entry[0, 9, 0] = 1, 128.0, 129.0, 1
+    found = dispatch.latent_attention(query.bfloat16(), entry.bfloat16(), rank, 0.37, None)
+    assert found[0, 0, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-0.37)), rel=0.01)
 
 
 def test_latent_attention_of_a_cache_in_another_dtype():
@@ -173,6 +184,22 @@ def test_in_fixed_order_a_rows_bits_do_not_depend_on_the_others(form):
         first = run(x, experts, weights)[5]
         assert torch.equal(run(other, others, weights)[5], first)
         assert torch.equal(run(other, alike, weights)[5], first)
+
+
+@pytest.mark.parametrize("form", ["ffn", "loop", "stream"])
+def test_in_fixed_order_every_product_has_all_rows(form, monkeypatch):
+    """So that its sums have one order, which the bits of some machines would not show."""
+    x, weights, experts = random(16, 6), random(16, 3), chosen(16)
+    gate_up, down, plain, seen = random(9, 8, 6), random(9, 6, 4), F.linear, []
+    monkeypatch.setattr(F, "linear", lambda rows, weight: seen.append(len(rows)) or plain(rows, weight))
+    with dispatch.fixed_order():
+        if form == "ffn":
+            dispatch.expert_ffn(x, gate_up, down, experts, weights)
+        elif form == "loop":
+            dispatch.expert_loop(x, *products(gate_up, down), experts, weights)
+        else:
+            dispatch.expert_stream(x, *products(gate_up, down), 9, experts, weights)
+    assert seen == [16] * 2 * len(experts.unique())
 
 
 def test_fixed_order_ends_with_its_block():

@@ -194,9 +194,8 @@ class Core:
             request.drafts = []
             request.cached = len(request.ids) - 1
         for work in works:
-            if work.request.error is None:
-                work.request.cached = min(work.start + work.count, len(work.request.ids) - 1)
-                self.prefix.publish(work.request)
+            work.request.cached = min(work.start + work.count, len(work.request.ids) - 1)
+            self.prefix.publish(work.request)
 
     def _draft(self, works: Sequence[Work], hidden: dict[Request, Tensor]) -> None:
         if self.drafter is None:
