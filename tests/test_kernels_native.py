@@ -64,15 +64,31 @@ def test_panels_keep_every_number(form, rows, cols):
     assert scale is None or torch.equal(scale_again, scale)
 
 
+@PATHS
 @FORMS
-def test_panels_are_filled_in_parts(form):
+def test_panels_are_filled_in_parts(path, form):
+    """By the native way too, and every other panel of a matrix that shares its memory with another one."""
+    native.use(path)
     codes, scale, _ = stored(form, 300, 50)
-    out = torch.full((19, panels.panel_bytes(form, 50)), 7, dtype=torch.uint8)
-    for start in (128, 0, 256):
-        rows = slice(start, min(start + 128, 300))
-        part = None if scale is None else scale[FORMATS[form].scale_rows(rows)]
-        panels.lay(form, codes[rows], part, 50, out, start)
-    assert torch.equal(out, laid(form, codes, scale, 50))
+    out = torch.full((38, panels.panel_bytes(form, 50)), 7, dtype=torch.uint8)[::2]
+    for lay in (panels.lay, native.lay):
+        for start in (128, 0, 256):
+            rows = slice(start, min(start + 128, 300))
+            part = None if scale is None else scale[FORMATS[form].scale_rows(rows)]
+            lay(form, codes[rows], part, 50, out, start)
+        assert torch.equal(out, laid(form, codes, scale, 50))
+        out.fill_(9)
+
+
+@PATHS
+@FORMS
+@given(rows=st.integers(1, 300), cols=st.integers(1, 300))
+def test_the_native_way_into_panels(path, form, rows, cols):
+    native.use(path)
+    codes, scale, _ = stored(form, rows, cols)
+    out = torch.full((-(-rows // panels.PANEL), panels.panel_bytes(form, cols)), 5, dtype=torch.uint8)
+    native.lay(form, codes, scale, cols, out)
+    assert torch.equal(out, laid(form, codes, scale, cols))
 
 
 @PATHS

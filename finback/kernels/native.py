@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finback import machine
 from finback.errors import UserError
+from finback.kernels import panels
 from finback.kernels.panels import FORMS, PANEL
 
 VARIABLE = "FINBACK_KERNELS"
@@ -82,6 +83,23 @@ def matrix(form: str | None, rows: int, cols: int, panels: Tensor):
     assert module is not None and panels.stride(-1) == 1 and len(panels) * PANEL >= rows
     assert panels.shape[-1] == module.panel_bytes(FORMS.index(form), cols)
     return module.Pack(FORMS.index(form), rows, cols, panels.data_ptr(), panels.stride(0))
+
+
+def lay(form: str | None, codes: Tensor, scale: Tensor | None, cols: int, out_PB: Tensor, start: int = 0) -> None:
+    """As `panels.lay`, at the speed of memory."""
+    if (module := kernels()) is None:
+        return panels.lay(form, codes, scale, cols, out_PB, start)
+    padded, codes = panels.padded(cols), codes.contiguous()
+    out_PB = out_PB[start // PANEL :][: -(-len(codes) // PANEL)]
+    word = 2 if form == "fp8" else 4
+    count = panels.row_bytes(form, cols) // word
+    chunk, chunk_bytes = (4, PANEL * 18) if form == "int4" else (count, 0)
+    zero, flip = panels.ZERO.get(form, 0), 128 if form == "int8" else 0
+    module.lay(
+        *(codes.data_ptr(), len(codes), codes.nbytes // len(codes), word, count, chunk, chunk_bytes, zero, flip),
+        *(out_PB.data_ptr(), out_PB.stride(0), torch.get_num_threads()),
+    )
+    panels.lay_scales(form, scale, padded, out_PB)
 
 
 def linear(x: Tensor, weight, rows: int) -> Tensor:

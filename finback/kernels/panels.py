@@ -14,14 +14,26 @@ FORMS = (None, "fp8", "int8", "int4")  # as `Form` in cpu/common.h
 """Names of quantise.FORMATS, and None for bfloat16."""
 
 
+ZERO: dict[str | None, int] = {"int8": 128, "int4": 0x88}
+"""The byte of zeros, where it is not 0: weights are stored without a sign."""
+
+
+def padded(cols: int) -> int:
+    """Columns, filled up."""
+    return -(-cols // STEP) * STEP
+
+
+def row_bytes(form: str | None, cols: int) -> int:
+    """Bytes of a row's codes, filled up."""
+    return {None: 2 * padded(cols), "int4": padded(cols) // 2}.get(form, padded(cols))
+
+
 def panel_bytes(form: str | None, cols: int) -> int:
     """Bytes of one panel."""
-    padded = -(-cols // STEP) * STEP
-    if form is None:
-        return 2 * PANEL * padded
+    codes = PANEL * row_bytes(form, cols)
     if form == "fp8":
-        return -(-(PANEL * padded + -(-padded // 128) * 4) // 64) * 64
-    return PANEL * padded + 4 * PANEL if form == "int8" else padded // 32 * PANEL * 18
+        return -(-(codes + -(-padded(cols) // 128) * 4) // 64) * 64
+    return codes + {None: 0, "int8": 4 * PANEL, "int4": padded(cols) // 32 * 2 * PANEL}[form]
 
 
 def lay(form: str | None, codes: Tensor, scale: Tensor | None, cols: int, out_PB: Tensor, start: int = 0) -> None:
@@ -30,54 +42,60 @@ def lay(form: str | None, codes: Tensor, scale: Tensor | None, cols: int, out_PB
     `codes` and `scale` as quantise.Format gives them, for rows start .. start + R - 1 of the matrix; bfloat16 has no
     scale. start is a multiple of 128.
     """
-    panels = -(-len(codes) // PANEL)
-    out_PB = out_PB[start // PANEL :][:panels]
-    rows = (0, 0, 0, panels * PANEL - len(codes))
-    padded = -(-cols // STEP) * STEP
-    fill = padded - cols
-    if form == "int4":
-        assert scale is not None
-        groups = F.pad(codes, rows, value=0x88).view(panels, PANEL, padded // 32, 4, 4)  # row, group, quad, byte
-        parts = out_PB.view(panels, padded // 32, PANEL * 18)
-        parts[..., : PANEL * 16].view(panels, -1, 4, PANEL, 4).copy_(groups.permute(0, 2, 3, 1, 4))
-        scales = F.pad(scale, rows).view(panels, PANEL, -1).transpose(1, 2)
-        parts[..., PANEL * 16 :].view(torch.bfloat16).copy_(scales)
+    out_PB = out_PB[start // PANEL :][: -(-len(codes) // PANEL)]
+    _lay_words(form, codes, cols, out_PB)
+    lay_scales(form, scale, padded(cols), out_PB)
+
+
+def lay_scales(form: str | None, scale: Tensor | None, padded: int, out_PB: Tensor) -> None:
+    """The scales alone, of as many rows as `out_PB` has panels for."""
+    panels = len(out_PB)
+    if scale is None:
         return
-    if form is None:
-        pairs = F.pad(codes.view(torch.int16), (0, fill, *rows[2:])).view(torch.int32)
-        out_PB.view(torch.int32).view(panels, -1, PANEL).copy_(pairs.view(panels, PANEL, -1).transpose(1, 2))
-        return
-    assert scale is not None
-    body = out_PB[:, : PANEL * padded]
     if form == "fp8":
-        pairs = F.pad(codes.view(torch.uint8), (0, fill, *rows[2:])).view(torch.int16)
-        target = body.view(torch.int16).view(panels, -1, PANEL)
-        target.copy_(pairs.view(panels, PANEL, -1).transpose(1, 2))
         tail = out_PB[:, PANEL * padded :].view(torch.float32)
         tail.zero_()
         tail[:, : scale.shape[1]] = scale.float().repeat_interleave(128 // PANEL, dim=0)[:panels]
         return
-    quads = F.pad(codes.view(torch.uint8) ^ 128, (0, fill, *rows[2:]), value=128).view(torch.int32)
-    body.view(torch.int32).view(panels, -1, PANEL).copy_(quads.view(panels, PANEL, -1).transpose(1, 2))
-    out_PB[:, PANEL * padded :].view(torch.float32).copy_(F.pad(scale, rows[2:]).view(panels, PANEL))
+    scale = F.pad(scale, (*[0] * (2 * scale.dim() - 1), panels * PANEL - len(scale)))
+    if form == "int8":
+        out_PB[:, PANEL * padded :].view(torch.float32).copy_(scale.view(panels, PANEL))
+    else:
+        parts = out_PB.view(panels, padded // 32, PANEL * 18)[..., PANEL * 16 :]
+        parts.view(torch.bfloat16).copy_(scale.view(panels, PANEL, -1).transpose(1, 2))
+
+
+def _lay_words(form: str | None, codes: Tensor, cols: int, out_PB: Tensor) -> None:
+    """The codes alone: what one instruction multiplies is a word, and a panel has the words of its 16 rows in turn."""
+    kind = torch.int16 if form == "fp8" else torch.int32
+    width, rows = row_bytes(form, cols), codes.view(torch.uint8)
+    if form == "int8":
+        rows = rows ^ 128
+    rows = F.pad(rows, (0, width - rows.shape[1], 0, len(out_PB) * PANEL - len(rows)), value=ZERO.get(form, 0))
+    words = rows.view(kind).view(len(out_PB), PANEL, -1).transpose(1, 2)
+    if form == "int4":
+        parts = out_PB.view(len(out_PB), -1, PANEL * 18)[..., : PANEL * 16]
+        parts.view(kind).unflatten(-1, (4, PANEL)).copy_(words.unflatten(1, (-1, 4)))
+    else:
+        out_PB[:, : PANEL * width].view(kind).unflatten(1, (-1, PANEL)).copy_(words)
 
 
 def unlay(form: str | None, panels_PB: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor | None]:
     """Codes and scales back, as `lay` was given them."""
-    panels, padded = len(panels_PB), -(-cols // STEP) * STEP
+    panels, width = len(panels_PB), padded(cols)
     if form == "int4":
-        parts = panels_PB.view(panels, padded // 32, PANEL * 18)
-        codes = parts[..., : PANEL * 16].view(panels, -1, 4, PANEL, 4).permute(0, 3, 1, 2, 4).reshape(-1, padded // 2)
-        scales = parts[..., PANEL * 16 :].view(torch.bfloat16).transpose(1, 2).reshape(-1, padded // 32)
+        parts = panels_PB.view(panels, width // 32, PANEL * 18)
+        codes = parts[..., : PANEL * 16].view(panels, -1, 4, PANEL, 4).permute(0, 3, 1, 2, 4).reshape(-1, width // 2)
+        scales = parts[..., PANEL * 16 :].view(torch.bfloat16).transpose(1, 2).reshape(-1, width // 32)
         return codes[:rows], scales[:rows]
     if form is None:
-        pairs = panels_PB.view(torch.int32).view(panels, -1, PANEL).transpose(1, 2).contiguous().view(-1, padded // 2)
+        pairs = panels_PB.view(torch.int32).view(panels, -1, PANEL).transpose(1, 2).contiguous().view(-1, width // 2)
         return pairs.view(torch.bfloat16)[:rows, :cols].contiguous(), None
-    body = panels_PB[:, : PANEL * padded]
+    body = panels_PB[:, : PANEL * width]
     kind = torch.int16 if form == "fp8" else torch.int32
     words = body.view(kind).unflatten(1, (-1, PANEL)).transpose(1, 2).contiguous().view(panels * PANEL, -1)
     codes = words.view(torch.uint8)[:rows, :cols].contiguous()
-    tail = panels_PB[:, PANEL * padded :].view(torch.float32)
+    tail = panels_PB[:, PANEL * width :].view(torch.float32)
     if form == "fp8":
         return codes.view(torch.float8_e4m3fn), tail[:: 128 // PANEL, : -(-cols // 128)].contiguous()
     return (codes ^ 128).view(torch.int8), tail.reshape(-1)[:rows].clone()

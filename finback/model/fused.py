@@ -171,7 +171,7 @@ class FusedLatent:
         heads, rows, cols = weight_HRC.shape
         held = native.memory(heads, -(-rows // panels.PANEL), panels.panel_bytes(None, cols))
         for matrix_RC, place in zip(weight_HRC, held, strict=True):
-            panels.lay(None, matrix_RC.contiguous(), None, cols, place)
+            native.lay(None, matrix_RC.contiguous(), None, cols, place)
         self._kept.append(held)
         return native.matrix(None, rows, cols, held[0]), held[0].numel()
 

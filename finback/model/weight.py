@@ -137,7 +137,7 @@ class PanelWeight(Weight):
         self.register_buffer("panels", native.memory(*self.area(like)) if place is None else place)
         for index, tensors in like.pieces():
             codes, *scale = tensors.values()
-            panels.lay(self.name, codes, scale[0] if scale else None, self.cols, self._place(index))
+            native.lay(self.name, codes, scale[0] if scale else None, self.cols, self._place(index))
 
     @staticmethod
     def area(like: Weight) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ class PanelWeight(Weight):
 
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
         codes, scale = (values_RC.bfloat16(), None) if self.form is None else self.form.quantise(values_RC)
-        panels.lay(self.name, codes, scale, self.cols, self._place(index), start)
+        native.lay(self.name, codes, scale, self.cols, self._place(index), start)
 
     def _dense(self, index: Index) -> Tensor:
         codes, scale = panels.unlay(self.name, self._place(index).contiguous(), self.rows, self.cols)

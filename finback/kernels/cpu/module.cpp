@@ -17,6 +17,7 @@
 
 #include "feed_forward.h"
 #include "latent.h"
+#include "lay.h"
 
 namespace nb = nanobind;
 using namespace finback;
@@ -110,6 +111,15 @@ NB_MODULE(FINBACK_MODULE, m) {
         new (self) Pack{Form(form), rows, cols, at<uint8_t>(data), stride};
     });
     m.def("panel_bytes", [](int form, i64 cols) { return panel_bytes(Form(form), cols); });
+    m.def(
+        "lay",
+        [](uintptr_t codes, i64 rows, i64 row_bytes, i64 word, i64 count, i64 chunk, i64 chunk_bytes, int zero, int flip,
+           uintptr_t out, i64 stride, int threads) {
+            Words from{at<uint8_t>(codes), rows, row_bytes, count, chunk, chunk_bytes, uint8_t(zero), uint8_t(flip),
+                       at<uint8_t>(out), stride};
+            word == 2 ? lay<uint16_t>(from, threads) : lay<uint32_t>(from, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "linear",
         [](const Pack& weight, uintptr_t x, i64 rows, uintptr_t bias, uintptr_t out, bool wide, int threads) {
