@@ -176,18 +176,22 @@ def test_the_feed_forward_of_a_block(path, settings, count):
             near(replayed.float() - x.float(), block.mlp(normed, dict(other)), 2**-6)
 
 
+# Depth and new tokens: decoding, guesses, chunks; at the ends of blocks, past a chunk of 256 slots.
+MIXTURE = [(0, 1), (15, 1), (16, 3), (257, 1), (512, 4), (100, 16), (0, 33), (0, 33), (31, 64), (240, 90), (530, 45)]
+
+
 @PATHS
 @pytest.mark.parametrize(
     "settings", [{}, {"q_lora_rank": None}, {"num_attention_heads": 3}, {"v_head_dim": 20}], ids=str
 )
 def test_latent_attention_of_a_block(path, settings):
-    """Decoding and guesses, at depths within a block, at its end, past a chunk of 256; the cache gets its entries."""
+    """Single tokens and spans in one pass; the cache gets the entries, what nobody wrote is not looked at."""
     config, plain, fused = blocks(path, max_position_embeddings=1024, **settings)
-    (cache, pool), (twin, _) = paged(config, blocks=80, dtype=torch.bfloat16), paged(config, blocks=80)
+    (cache, pool), (twin, _) = paged(config, blocks=200, dtype=torch.bfloat16), paged(config, blocks=200)
     cache.storage.normal_(generator=torch.Generator().manual_seed(1))
     twin.storage.copy_(cache.storage)
     works = []
-    for depth, count in ((0, 1), (15, 1), (16, 3), (257, 1), (512, 4), (100, 16)):
+    for depth, count in MIXTURE:
         row = Sequence(tokens(600, seed=depth).tolist())
         row.blocks = [pool.take() for _ in range((depth + count - 1) // 16 + 1)]
         works.append(Work(row, depth, count))

@@ -15,7 +15,7 @@ from finback.kernels.cache_format import CacheFormat, cache_format
 from finback.model import Config
 from finback.model.attention import Pages, Part
 
-_FEW = 16  # new tokens a row: more are cheaper together, their keys and values expanded
+_FEW = 32  # new tokens a row: more are cheaper together, their keys and values expanded
 
 
 class PagedCache:
@@ -109,20 +109,34 @@ class View:
         return self._cache.read(layer, self._tables[id(part)])[:, : part.slots]
 
     def pages(self, layer: int) -> Pages | None:
-        """Where each token's sequence lies, unless entries are packed or a part has many new tokens a row."""
-        plain = self._cache.format is None and self._cache.storage.dtype == torch.bfloat16
-        if not plain or any(part.width > _FEW for part in self.parts):
+        """Where each token's sequence lies, unless entries are packed."""
+        if self._cache.format is not None or self._cache.storage.dtype != torch.bfloat16:
             return None
         if self._where is None:
-            tables = list(self._tables.values())
-            starts, begin = [], 0
-            for part, table_BM in zip(self.parts, tables, strict=True):
-                rows = begin + torch.arange(part.rows) * table_BM.shape[1]
-                starts.append(rows.repeat_interleave(part.width))
-                begin += table_BM.numel()
-            flat = torch.cat([table_BM.flatten() for table_BM in tables])
-            self._where = (self._slots_N, flat, torch.cat(starts), self._positions_1N[0] + 1)
+            self._where = self._places()
         return Pages(self._cache.entries(layer), *self._where)
+
+    def _places(self) -> tuple[Tensor, ...]:
+        """What all layers' pages share."""
+        length_N = self._positions_1N[0] + 1
+        tables, starts, spans, single = [], [], [], []
+        begin = first = 0
+        for part in self.parts:
+            table_BM = self._tables[id(part)]
+            table_B = begin + torch.arange(part.rows) * table_BM.shape[1]
+            first_B = first + torch.arange(part.rows) * part.width
+            if part.width > _FEW:
+                before_B = length_N[first_B] - 1
+                spans.append(torch.stack((first_B, torch.full_like(first_B, part.width), table_B, before_B), dim=1))
+            else:
+                single.append(torch.arange(first, first + part.rows * part.width))
+            tables.append(table_BM.flatten())
+            starts.append(table_B.repeat_interleave(part.width))
+            begin += table_BM.numel()
+            first += part.rows * part.width
+        none = torch.empty(0, dtype=torch.int64)
+        singles, stretches = torch.cat([none, *single]), torch.cat([none.view(0, 4), *spans])
+        return self._slots_N, torch.cat(tables), torch.cat(starts), length_N, singles, stretches
 
 
 def _format(config: Config, form: str | None) -> CacheFormat | None:

@@ -46,7 +46,9 @@ class Pages(NamedTuple):
     """Where one layer's entries lie, token by token of a pass, for kernels that read them in place.
 
     entries_SC: all slots, contiguous, in the model's dtype. slot_N: where each token's own entry goes. tables: blocks
-    of 16 slots, those of a token from `table_N` on. length_N: how many slots it sees. All but the first int64.
+    of 16 slots, those of a token from `table_N` on. length_N: how many slots it sees. single_n: the tokens that attend
+    each by itself. spans_s4: of the others, stretches [first token, how many, its table, slots before]. All but the
+    first int64.
     """
 
     entries_SC: Tensor
@@ -54,6 +56,8 @@ class Pages(NamedTuple):
     tables: Tensor
     table_N: Tensor
     length_N: Tensor
+    single_n: Tensor
+    spans_s4: Tensor
 
 
 class Cache(Protocol):
@@ -71,7 +75,7 @@ class Cache(Protocol):
         """The first `part.slots` positions of the part's sequences, [B, S, C]; what a row lacks is masked."""
 
     def pages(self, layer: int) -> Pages | None:
-        """For the absorbed form of every token by itself; None where another way is cheaper, or entries are packed."""
+        """The same, for kernels that read entries in place; None where they are packed."""
 
 
 @dataclass

@@ -143,7 +143,7 @@ class FusedFeedForward:
 
 
 class FusedLatent:
-    """x + attention(norm(x)) of tokens that each see a cached sequence, in the absorbed form."""
+    """x + attention(norm(x)) over cached sequences: single tokens in the absorbed form, long spans in the naive one."""
 
     def __init__(self, norm: RMSNorm, attention: Any) -> None:
         module = native.kernels()
@@ -165,6 +165,7 @@ class FusedLatent:
         call.output = attention.o_proj.weight.matrix()
         weight_HXL = attention.kv_b_proj.weight.dense().bfloat16().unflatten(0, (call.heads, -1))
         call.key_up, call.key_up_bytes = self._heads(weight_HXL[:, : call.nope].transpose(1, 2))
+        call.key_rows, call.key_rows_bytes = self._heads(weight_HXL[:, : call.nope])
         call.value_up, call.value_up_bytes = self._heads(weight_HXL[:, call.nope :])
 
     def _heads(self, weight_HRC: Tensor) -> tuple[Any, int]:
@@ -183,5 +184,6 @@ class FusedLatent:
         """Adds to x, in place, after writing the tokens' entries into the cache."""
         assert turn.dtype == torch.complex64 and turn.is_contiguous() and pages.entries_SC.dtype == torch.bfloat16
         rows = x_BTD.numel() // x_BTD.shape[-1]
-        where = (each.data_ptr() for each in pages)
-        self.call(x_BTD.data_ptr(), rows, turn.data_ptr(), *where, torch.get_num_threads())
+        where = (each.data_ptr() for each in pages[:5])
+        kinds = (pages.single_n.data_ptr(), len(pages.single_n), pages.spans_s4.data_ptr(), len(pages.spans_s4))
+        self.call(x_BTD.data_ptr(), rows, turn.data_ptr(), *where, *kinds, torch.get_num_threads())

@@ -36,14 +36,15 @@ struct FeedForwardCall {
     bool replay;
 };
 
-// Latent attention of tokens that each see a cached sequence of their own; adds its result to x.
+// Latent attention over cached sequences, of single tokens and of long spans; adds its result to x.
 struct Latent {
     i64 hidden, heads, nope, rope, value, rank;
     const float *norm, *q_norm, *kv_norm;  // q_norm: null where queries are not compressed
     float eps, latent_eps, scale;
     Pack q_a, q_b, kv_a, output;  // q_a: no rows where queries are not compressed
-    Pack key_up, value_up;        // of head 0: [rank, nope] and [value, rank]; the others `..._bytes` further each
-    i64 key_up_bytes, value_up_bytes;
+    // Of head 0, the others `..._bytes` further each: [rank, nope], [value, rank], and [nope, rank] of long spans.
+    Pack key_up, value_up, key_rows;
+    i64 key_up_bytes, value_up_bytes, key_rows_bytes;
 };
 
 struct LatentCall {
@@ -55,6 +56,10 @@ struct LatentCall {
     const int64_t* tables;  // blocks of 16 slots
     const int64_t* table;   // [rows]: where a token's table begins
     const int64_t* length;  // [rows]: how many slots it sees
+    const int64_t* single;  // [singles]: the tokens that attend by themselves, in the absorbed form
+    i64 singles;
+    const int64_t* spans;   // [n_spans, 4]: the others, a `Span` for each stretch
+    i64 n_spans;
 };
 
 }  // namespace finback

@@ -1,4 +1,4 @@
-// Absorbed latent attention of one layer: projections, cache, attention, output, residual, in one call.
+// Latent attention of one layer: projections, cache, attention, output, residual, in one call.
 #pragma once
 
 #include <algorithm>
@@ -21,21 +21,15 @@ class LatentRun {
         query_ = arena_.take<bf16>(rows * spec.heads * (spec.nope + spec.rope));
         panels_ = (spec.heads + PANEL - 1) / PANEL;
         query_panel_ = panel_bytes(Form::bf16, entry_);
-        queries_ = arena_.take<uint8_t>(rows * panels_ * query_panel_);
-        heads_in_ = arena_.rows(spec.heads * rows, spec.nope, Form::bf16);
-        mixed_ = arena_.rows(spec.heads * rows, spec.rank, Form::bf16);
         out_ = arena_.rows(rows, spec.heads * spec.value, form_);
-        first_chunk_ = arena_.take<i64>(rows + 1);
-        first_chunk_[0] = 0;
-        for (i64 row = 0; row < rows; row++)
-            first_chunk_[row + 1] = first_chunk_[row] + (call.length[row] + CHUNK - 1) / CHUNK;
-        i64 parts = first_chunk_[rows] * panels_;
-        row_of_ = arena_.take<i64>(first_chunk_[rows]);
-        for (i64 row = 0; row < rows; row++) std::fill(row_of_ + first_chunk_[row], row_of_ + first_chunk_[row + 1], row);
-        most_ = arena_.take<float>(parts * PANEL);
-        total_ = arena_.take<float>(parts * PANEL);
-        mixed_parts_ = arena_.take<float>(parts * PANEL * spec.rank);
         step_ = rows <= FEW ? WIDE : 2;
+        if (call.singles) prepare_singles(call.singles);
+        for (i64 span = 0; span < call.n_spans; span++)
+            expanded_bytes_ = std::max(expanded_bytes_, ExpandedHead::bytes(this->span(span).slots(), spec.nope + spec.rope, spec.value));
+        if (call.n_spans) {
+            expanded_ = arena_.take<uint8_t>(expanded_bytes_ * threads);
+            span_mixed_ = arena_.take<float>(threads * QueryBlock::MANY * round_up(spec.value, PANEL));
+        }
     }
 
     void run() {
@@ -53,10 +47,11 @@ class LatentRun {
             });
             team_.share(2, call_.rows, [&](i64 row) { finish(row); });
             team_.share(3, pieces(spec_.q_b), [&](i64 piece) { ask(piece); });
-            team_.share(4, spec_.heads, [&](i64 head) { absorb(head); });
-            team_.share(5, first_chunk_[call_.rows] * panels_, [&](i64 piece) { attend(piece); });
-            team_.share(6, call_.rows * spec_.heads, [&](i64 piece) { join_head(piece / spec_.heads, piece % spec_.heads); });
-            team_.share(7, spec_.heads, [&](i64 head) { expand(head); });
+            team_.share(10, call_.rows, [&](i64 row) { turn(row); });
+            if (call_.singles) singles();
+            if (call_.n_spans)
+                team_.share(11, call_.n_spans * spec_.heads,
+                            [&](i64 piece) { attend_span(span(piece / spec_.heads), piece % spec_.heads); });
             if (by_integers(form_) || out_.width > spec_.heads * spec_.value)
                 team_.share(8, call_.rows, [&](i64 row) {
                     bf16* out = out_.plain + row * out_.stride;
@@ -67,6 +62,30 @@ class LatentRun {
     }
 
   private:
+    void prepare_singles(i64 count) {
+        queries_ = arena_.take<uint8_t>(count * panels_ * query_panel_);
+        heads_in_ = arena_.rows(spec_.heads * count, spec_.nope, Form::bf16);
+        mixed_ = arena_.rows(spec_.heads * count, spec_.rank, Form::bf16);
+        first_chunk_ = arena_.take<i64>(count + 1);
+        first_chunk_[0] = 0;
+        for (i64 row = 0; row < count; row++)
+            first_chunk_[row + 1] = first_chunk_[row] + (call_.length[call_.single[row]] + CHUNK - 1) / CHUNK;
+        i64 parts = first_chunk_[count] * panels_;
+        row_of_ = arena_.take<i64>(first_chunk_[count]);
+        for (i64 row = 0; row < count; row++) std::fill(row_of_ + first_chunk_[row], row_of_ + first_chunk_[row + 1], row);
+        most_ = arena_.take<float>(parts * PANEL);
+        total_ = arena_.take<float>(parts * PANEL);
+        mixed_parts_ = arena_.take<float>(parts * PANEL * spec_.rank);
+    }
+
+    // In the absorbed form, whatever else is in the pass.
+    void singles() {
+        team_.share(4, spec_.heads, [&](i64 head) { absorb(head); });
+        team_.share(5, first_chunk_[call_.singles] * panels_, [&](i64 piece) { attend(piece); });
+        team_.share(6, call_.singles * spec_.heads, [&](i64 piece) { join_head(piece / spec_.heads, piece % spec_.heads); });
+        team_.share(7, spec_.heads, [&](i64 head) { expand(head); });
+    }
+
     const Latent& spec_;
     const LatentCall& call_;
     int threads_;
@@ -75,10 +94,11 @@ class LatentRun {
     Form form_;
     i64 entry_, panels_, query_panel_, step_;
     Rows x_{}, compressed_{}, heads_in_{}, mixed_{}, out_{};
-    float *kv_, *most_, *total_, *mixed_parts_;
+    float *kv_, *most_ = nullptr, *total_ = nullptr, *mixed_parts_ = nullptr, *span_mixed_ = nullptr;
     bf16* query_;
-    uint8_t* queries_;
-    i64 *first_chunk_, *row_of_;
+    uint8_t *queries_ = nullptr, *expanded_ = nullptr;
+    i64 *first_chunk_ = nullptr, *row_of_ = nullptr;
+    i64 expanded_bytes_ = 0;
 
     i64 pieces(const Pack& pack) const { return (pack.panels() + step_ - 1) / step_; }
 
@@ -124,19 +144,24 @@ class LatentRun {
                 [&](i64 row, i64 panel, Floats sums) { put(query_ + row * size, panel, size, sums); });
     }
 
+    // The roped part of a token's queries, in place.
+    void turn(i64 row) {
+        bf16* q = query_ + row * spec_.heads * (spec_.nope + spec_.rope) + spec_.nope;
+        for (i64 head = 0; head < spec_.heads; head++, q += spec_.nope + spec_.rope)
+            rotate(q, call_.turn + row * spec_.rope, spec_.rope, q);
+    }
+
     // A head's queries, moved into the latent's space, as one lane of the panel that scores are made with.
     void absorb(i64 head) {
-        i64 rows = call_.rows, each = spec_.nope + spec_.rope, pairs = entry_ / 2;
+        i64 rows = call_.singles, each = spec_.nope + spec_.rope, pairs = entry_ / 2;
         Rows in = heads_in_.from(head * rows, rows);
         bf16* lane = reinterpret_cast<bf16*>(queries_) + head / PANEL * query_panel_ / 2 + head % PANEL * 2;
         i64 next = panels_ * query_panel_ / 2;
         bool last = head == spec_.heads - 1;
         for (i64 row = 0; row < rows; row++) {
-            const bf16* q = query_ + (row * spec_.heads + head) * each;
+            const bf16* q = query_ + (call_.single[row] * spec_.heads + head) * each;
             bring(Form::bf16, q, spec_.nope, in, row);
-            bf16 turned[1024];
-            rotate(q + spec_.nope, call_.turn + row * spec_.rope, spec_.rope, turned);
-            for (i64 i = 0; i < spec_.rope; i++) place(lane + row * next, spec_.rank + i) = turned[i];
+            for (i64 i = 0; i < spec_.rope; i++) place(lane + row * next, spec_.rank + i) = q[spec_.nope + i];
             for (i64 unused = 1; last && unused < PANEL - head % PANEL; unused++)
                 for (i64 pair = 0; pair < pairs; pair++) std::memset(lane + row * next + pair * PANEL * 2 + unused * 2, 0, 4);
         }
@@ -157,9 +182,9 @@ class LatentRun {
     }
 
     void attend(i64 piece) {
-        i64 chunk = piece / panels_, panel = piece % panels_, row = row_of_[chunk];
+        i64 chunk = piece / panels_, panel = piece % panels_, row = row_of_[chunk], token = call_.single[row];
         Pack query{Form::bf16, PANEL, entry_, queries_ + (row * panels_ + panel) * query_panel_, query_panel_};
-        Entries entries{call_.cache, entry_, call_.tables + call_.table[row], call_.length[row]};
+        Entries entries{call_.cache, entry_, call_.tables + call_.table[token], call_.length[token]};
         i64 heads = std::min(PANEL, spec_.heads - panel * PANEL);
         attend_chunk(query, entries, {0, entry_, 0, spec_.rank}, (chunk - first_chunk_[row]) * CHUNK, spec_.scale, heads,
                      partial(chunk * panels_ + panel));
@@ -168,7 +193,7 @@ class LatentRun {
     void join_head(i64 row, i64 head) {
         i64 chunks = first_chunk_[row + 1] - first_chunk_[row], lane = head % PANEL;
         Partial first = partial(first_chunk_[row] * panels_ + head / PANEL);
-        bf16* out = mixed_.plain + (head * call_.rows + row) * mixed_.stride;
+        bf16* out = mixed_.plain + (head * call_.singles + row) * mixed_.stride;
         join(first.most + lane, first.total + lane, first.mixed + lane * spec_.rank, chunks, panels_ * PANEL,
              panels_ * PANEL * spec_.rank, spec_.rank, out);
         std::memset(out + spec_.rank, 0, (mixed_.width - spec_.rank) * 2);
@@ -177,10 +202,36 @@ class LatentRun {
     void expand(i64 head) {
         Pack value_up = spec_.value_up;
         value_up.data += head * spec_.value_up_bytes;
-        Rows in = mixed_.from(head * call_.rows, call_.rows);
+        Rows in = mixed_.from(head * call_.singles, call_.singles);
         panels(value_up, 0, value_up.panels(), in, [&](i64 row, i64 panel, Floats sums) {
-            put(out_.plain + row * out_.stride + head * spec_.value, panel, spec_.value, sums);
+            put(out_.plain + call_.single[row] * out_.stride + head * spec_.value, panel, spec_.value, sums);
         });
+    }
+
+    Span span(i64 index) const {
+        const int64_t* s = call_.spans + 4 * index;
+        return {s[0], s[1], s[2], s[3]};
+    }
+
+    static Pack of(Pack pack, i64 head, i64 bytes) {
+        pack.data += head * bytes;
+        return pack;
+    }
+
+    void attend_span(const Span& span, i64 head) {
+        i64 each = spec_.nope + spec_.rope, thread = omp_get_thread_num();
+        ExpandedHead expanded(expanded_ + thread * expanded_bytes_, span.slots(), spec_.nope, spec_.rope, spec_.value);
+        Entries entries{call_.cache, entry_, call_.tables + span.table, span.slots()};
+        expanded.fill(entries, of(spec_.key_rows, head, spec_.key_rows_bytes),
+                      of(spec_.value_up, head, spec_.value_up_bytes), spec_.rank);
+        float* mixed = span_mixed_ + thread * QueryBlock::MANY * round_up(spec_.value, PANEL);
+        for (i64 q = 0; q < span.width; q += QueryBlock::MANY) {
+            i64 row = span.first + q;
+            Rows queries{std::min(QueryBlock::MANY, span.width - q), each, spec_.heads * each,
+                         query_ + (row * spec_.heads + head) * each};
+            QueryBlock(expanded, queries, span.start + q, spec_.scale, spec_.value)
+                .run(mixed, out_.plain + row * out_.stride + head * spec_.value, out_.stride);
+        }
     }
 
     void put_out(i64 piece) {

@@ -16,6 +16,8 @@
 #include "linear.h"
 
 #include "feed_forward.h"
+#include "span.h"
+
 #include "latent.h"
 #include "lay.h"
 
@@ -89,13 +91,16 @@ void bind_latent(nb::module_& m) {
         .def_rw("value_up", &Latent::value_up)
         .def_rw("key_up_bytes", &Latent::key_up_bytes)
         .def_rw("value_up_bytes", &Latent::value_up_bytes)
+        .def_rw("key_rows", &Latent::key_rows)
+        .def_rw("key_rows_bytes", &Latent::key_rows_bytes)
         .def(
             "__call__",
             [](const Latent& self, uintptr_t x, i64 rows, uintptr_t turn, uintptr_t cache, uintptr_t slot,
-               uintptr_t tables, uintptr_t table, uintptr_t length, int threads) {
+               uintptr_t tables, uintptr_t table, uintptr_t length, uintptr_t single, i64 singles, uintptr_t spans,
+               i64 n_spans, int threads) {
                 latent(self,
                        {at<bf16>(x), rows, at<float>(turn), at<bf16>(cache), at<int64_t>(slot), at<int64_t>(tables),
-                        at<int64_t>(table), at<int64_t>(length)},
+                        at<int64_t>(table), at<int64_t>(length), at<int64_t>(single), singles, at<int64_t>(spans), n_spans},
                        threads);
             },
             nb::call_guard<nb::gil_scoped_release>());
