@@ -9,6 +9,13 @@ BOTH_WAYS = [f"{TEST}::test_what_is_published_gives_the_logits_and_tokens_of_tra
 V2 = [f"{TEST}::test_v2_weights_are_normalised_or_scaled_and_never_both"]
 
 MUTATIONS = [
+    Mutation(
+        GROUPED,
+        "if mask is None and query_BTHd.shape[1] < key.shape[1]:",
+        "if False:",
+        ["test_families.py::test_what_is_published_gives_the_logits_and_tokens_of_transformers"],
+        "alone, every sixteenth token sees the first one only",
+    ),
     Mutation(MOE, '"softmax" and self.config.norm_topk_prob', '"none"', V2, "V2 normalises and scales"),
     Mutation(MOE, "1 if bias is None else 2", "2", V2, "V2's groups are scored by their two best"),
     Mutation(MOE, 'if self.config.scoring_func == "sigmoid"', "if True", BOTH_WAYS, "V2's scores are V3's sigmoids"),

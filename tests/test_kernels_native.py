@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from paged import Sequence, paged
@@ -15,6 +16,7 @@ from finback.engine.scheduler import Work
 from finback.errors import UserError
 from finback.kernels import native, panels
 from finback.kernels.quantise import FORMATS
+from finback.model import Config
 from finback.model.attention import Context
 from finback.model.fused import lay_out
 
@@ -130,10 +132,10 @@ def test_every_fp8_code(path):
     assert torch.equal(out.float(), codes.float().T)
 
 
-def blocks(path: str, quantize: str | None = None, **settings):
+def blocks(path: str, family: str | None = None, **settings):
     """A tiny model in bfloat16 numbers computed in float32, and the same in panels."""
     native.use(path)
-    config = tiny(**settings)
+    config = tiny(**settings) if family is None else Config.from_dict(FAMILIES[family] | settings)
     plain = tiny_model(config).eval().bfloat16()
     for _, router in plain.routers():
         router.weight.data = router.weight.data.float()
@@ -180,13 +182,22 @@ def test_the_feed_forward_of_a_block(path, settings, count):
 MIXTURE = [(0, 1), (15, 1), (16, 3), (257, 1), (512, 4), (100, 16), (0, 33), (0, 33), (31, 64), (240, 90), (530, 45)]
 
 
+ATTENTIONS: list[dict] = [
+    {},
+    {"q_lora_rank": None},
+    {"num_attention_heads": 3},
+    {"num_attention_heads": 18},
+    {"v_head_dim": 20},
+    *({"family": family} for family in FAMILIES),
+    {"family": "R1-Distill-Qwen", "num_attention_heads": 34, "hidden_size": 136},  # 17 heads share a key: two panels
+]
+
+
 @PATHS
-@pytest.mark.parametrize(
-    "settings", [{}, {"q_lora_rank": None}, {"num_attention_heads": 3}, {"v_head_dim": 20}], ids=str
-)
-def test_latent_attention_of_a_block(path, settings):
+@pytest.mark.parametrize("settings", ATTENTIONS, ids=str)
+def test_attention_of_a_block(path, settings):
     """Single tokens and spans in one pass; the cache gets the entries, what nobody wrote is not looked at."""
-    config, plain, fused = blocks(path, max_position_embeddings=1024, **settings)
+    config, plain, fused = blocks(path, **{"max_position_embeddings": 1024} | settings)
     (cache, pool), (twin, _) = paged(config, blocks=200, dtype=torch.bfloat16), paged(config, blocks=200)
     cache.storage.normal_(generator=torch.Generator().manual_seed(1))
     twin.storage.copy_(cache.storage)

@@ -52,13 +52,13 @@ def _fits(weight: nn.Module) -> bool:
 
 
 class Fused:
-    """A block's feed-forward, and its attention where that is latent."""
+    """A block's attention and its feed-forward."""
 
     def __init__(self, block: Any) -> None:
         self.block = block
+        kind = FusedLatent if isinstance(block.self_attn, LatentAttention) else FusedGrouped
+        self.attention = kind(native.kernels(), block.input_layernorm, block.self_attn)
         self.feed_forward = FusedFeedForward(block.post_attention_layernorm, block.mlp)
-        latent = isinstance(block.self_attn, LatentAttention)
-        self.attention = FusedLatent(block.input_layernorm, block.self_attn) if latent else None
 
     @classmethod
     def of(cls, block: Block) -> "Fused | None":
@@ -74,11 +74,10 @@ class Fused:
     def __call__(self, x_BTD: Tensor, context: Context, routing: Routing | None) -> Tensor:
         """As the block's own forward."""
         block = self.block
-        pages = None if context.cache is None or self.attention is None else context.cache.pages(block.self_attn.layer)
+        pages = None if context.cache is None else context.cache.pages(block.self_attn.layer)
         if pages is None:
             x_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD), context)
         else:
-            assert self.attention is not None
             x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
             self.attention(x_BTD, context.turn, pages)
         self.feed_forward(x_BTD, block.self_attn.layer, routing)
@@ -142,27 +141,47 @@ class FusedFeedForward:
         self.call(x_BTD.data_ptr(), rows, address, replay, torch.get_num_threads())
 
 
-class FusedLatent:
-    """x + attention(norm(x)) over cached sequences: single tokens in the absorbed form, long spans in the naive one."""
+class FusedAttention:
+    """x + attention(norm(x)) over cached sequences, single tokens and long spans of the same pass."""
 
-    def __init__(self, norm: RMSNorm, attention: Any) -> None:
-        module = native.kernels()
-        assert module is not None
-        config = attention.config
-        self.call = call = module.Latent()
+    def __init__(self, call: Any, norm: RMSNorm, attention: Any) -> None:
+        self.call = call
         self._kept: list[Any] = []
-        call.hidden, call.heads = config.hidden_size, config.num_attention_heads
+        call.hidden, call.heads = attention.config.hidden_size, attention.config.num_attention_heads
+        call.eps, call.scale, call.norm = norm.eps, attention.scale, self._floats(norm.weight)
+        call.output = attention.o_proj.weight.matrix()
+
+    def _floats(self, values: Tensor | None) -> int:
+        if values is None:
+            return 0
+        self._kept.append(values.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def __call__(self, x_BTD: Tensor, turn: Tensor, pages: Pages) -> None:
+        """Adds to x, in place, after writing the tokens' entries into the cache."""
+        assert turn.dtype == torch.complex64 and turn.is_contiguous() and pages.entries_SC.dtype == torch.bfloat16
+        rows = x_BTD.numel() // x_BTD.shape[-1]
+        where = (each.data_ptr() for each in pages[:5])
+        kinds = (pages.single_n.data_ptr(), len(pages.single_n), pages.spans_s4.data_ptr(), len(pages.spans_s4))
+        self.call(x_BTD.data_ptr(), rows, turn.data_ptr(), *where, *kinds, torch.get_num_threads())
+
+
+class FusedLatent(FusedAttention):
+    """Latent attention: single tokens in the absorbed form, long spans in the naive one."""
+
+    def __init__(self, module: Any, norm: RMSNorm, attention: Any) -> None:
+        super().__init__(module.Latent(), norm, attention)
+        call, config = self.call, attention.config
         call.nope, call.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         call.value, call.rank = config.v_head_dim, attention.rank
-        call.eps, call.latent_eps, call.scale = norm.eps, attention.kv_a_layernorm.eps, attention.scale
-        call.norm, call.kv_norm = self._floats(norm.weight), self._floats(attention.kv_a_layernorm.weight)
+        call.latent_eps = attention.kv_a_layernorm.eps
+        call.kv_norm = self._floats(attention.kv_a_layernorm.weight)
         if config.q_lora_rank is None:
             call.q_b = attention.q_proj.weight.matrix()
         else:
             call.q_a, call.q_b = attention.q_a_proj.weight.matrix(), attention.q_b_proj.weight.matrix()
             call.q_norm = self._floats(attention.q_a_layernorm.weight)
         call.kv_a = attention.kv_a_proj_with_mqa.weight.matrix()
-        call.output = attention.o_proj.weight.matrix()
         weight_HXL = attention.kv_b_proj.weight.dense().bfloat16().unflatten(0, (call.heads, -1))
         call.key_up, call.key_up_bytes = self._heads(weight_HXL[:, : call.nope].transpose(1, 2))
         call.key_rows, call.key_rows_bytes = self._heads(weight_HXL[:, : call.nope])
@@ -176,14 +195,14 @@ class FusedLatent:
         self._kept.append(held)
         return native.matrix(None, rows, cols, held[0]), held[0].numel()
 
-    def _floats(self, values: Tensor) -> int:
-        self._kept.append(values.detach().float().contiguous())
-        return self._kept[-1].data_ptr()
 
-    def __call__(self, x_BTD: Tensor, turn: Tensor, pages: Pages) -> None:
-        """Adds to x, in place, after writing the tokens' entries into the cache."""
-        assert turn.dtype == torch.complex64 and turn.is_contiguous() and pages.entries_SC.dtype == torch.bfloat16
-        rows = x_BTD.numel() // x_BTD.shape[-1]
-        where = (each.data_ptr() for each in pages[:5])
-        kinds = (pages.single_n.data_ptr(), len(pages.single_n), pages.spans_s4.data_ptr(), len(pages.spans_s4))
-        self.call(x_BTD.data_ptr(), rows, turn.data_ptr(), *where, *kinds, torch.get_num_threads())
+class FusedGrouped(FusedAttention):
+    """Attention whose heads share keys and values in groups."""
+
+    def __init__(self, module: Any, norm: RMSNorm, attention: Any) -> None:
+        super().__init__(module.Grouped(), norm, attention)
+        call, config = self.call, attention.config
+        call.kv_heads, call.head_dim = config.kv_heads, config.query_dim
+        call.query, call.query_bias = attention.q_proj.weight.matrix(), self._floats(attention.q_proj.bias)
+        call.key, call.key_bias = attention.k_proj.weight.matrix(), self._floats(attention.k_proj.bias)
+        call.value, call.value_bias = attention.v_proj.weight.matrix(), self._floats(attention.v_proj.bias)

@@ -37,6 +37,8 @@ class GroupedAttention(nn.Module):
         halves = entry_BSC.type_as(query_BTHd).chunk(2, dim=-1)
         key, value = (half.unflatten(-1, (self.config.kv_heads, -1)) for half in halves)
         group = query_BTHd.shape[2] // key.shape[2]
+        if mask is None and query_BTHd.shape[1] < key.shape[1]:  # one new token, the last: it sees every slot
+            mask = torch.ones(key.shape[0], 1, key.shape[1], dtype=torch.bool, device=key.device)
         if mask is None:
             key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
             return dispatch.attention(query_BTHd, key, value, self.scale, None).flatten(-2)

@@ -28,6 +28,7 @@ struct Entries {
     i64 length;             // slots that it sees
 
     const bf16* block(i64 index) const { return cache + table[index] * BLOCK_SLOTS * width; }
+    const bf16* entry(i64 slot) const { return block(slot / BLOCK_SLOTS) + slot % BLOCK_SLOTS * width; }
 };
 
 // Scores of one chunk, [slots, 16 heads]; `query` is a panel of 16 heads.
@@ -91,7 +92,7 @@ inline void attend_chunk(const Pack& query, const Entries& entries, const Stream
                 float one = 0;
                 for (i64 slot = first; slot < end; slot++)
                     one += score[(slot - first) * PANEL + h] *
-                           widen(entries.block(slot / BLOCK_SLOTS)[slot % BLOCK_SLOTS * entries.width + stream.value + v]);
+                           widen(entries.entry(slot)[stream.value + v]);
                 part.mixed[h * width + v] = one;
             }
     }

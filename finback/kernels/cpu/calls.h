@@ -36,22 +36,37 @@ struct FeedForwardCall {
     bool replay;
 };
 
-// Latent attention over cached sequences, of single tokens and of long spans; adds its result to x.
-struct Latent {
-    i64 hidden, heads, nope, rope, value, rank;
-    const float *norm, *q_norm, *kv_norm;  // q_norm: null where queries are not compressed
-    float eps, latent_eps, scale;
-    Pack q_a, q_b, kv_a, output;  // q_a: no rows where queries are not compressed
+// What every kind of attention begins and ends with; adds its result to x.
+struct Attention {
+    i64 hidden, heads;
+    const float* norm;  // [hidden]
+    float eps, scale;
+    Pack output;
+};
+
+// Latent attention: entries are [latent | turned key].
+struct Latent : Attention {
+    i64 nope, rope, value, rank;
+    const float *q_norm, *kv_norm;  // q_norm: null where queries are not compressed
+    float latent_eps;
+    Pack q_a, q_b, kv_a;  // q_a: no rows where queries are not compressed
     // Of head 0, the others `..._bytes` further each: [rank, nope], [value, rank], and [nope, rank] of long spans.
     Pack key_up, value_up, key_rows;
     i64 key_up_bytes, value_up_bytes, key_rows_bytes;
 };
 
-struct LatentCall {
+// Attention whose heads share keys and values in groups: entries are [keys | values].
+struct Grouped : Attention {
+    i64 kv_heads, head_dim;
+    Pack query, key, value;
+    const float *query_bias, *key_bias, *value_bias;  // or null, all three
+};
+
+struct AttentionCall {
     bf16* x;                // [rows, hidden]
     i64 rows;
-    const float* turn;      // [rows, rope]: cosine and sine of every pair
-    bf16* cache;            // [slots, rank + rope]
+    const float* turn;      // [rows, numbers turned]: cosine and sine of every pair
+    bf16* cache;            // [slots, numbers of an entry]
     const int64_t* slot;    // [rows]: where a token's own entry goes
     const int64_t* tables;  // blocks of 16 slots
     const int64_t* table;   // [rows]: where a token's table begins

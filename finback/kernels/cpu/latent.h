@@ -1,45 +1,28 @@
 // Latent attention of one layer: projections, cache, attention, output, residual, in one call.
 #pragma once
 
-#include <algorithm>
-
-#include "common.h"
-#include "calls.h"
+#include "attention.h"
 
 namespace finback {
 
-class LatentRun {
+class LatentRun : AttentionRun {
   public:
-    LatentRun(const Latent& spec, const LatentCall& call, int threads)
-        : spec_(spec), call_(call), threads_(threads), arena_(Arena::fresh()) {
-        i64 rows = call.rows;
-        form_ = spec.output.form;
-        entry_ = spec.rank + spec.rope;
-        x_ = arena_.rows(rows, spec.hidden, form_);
-        if (spec.q_a.rows) compressed_ = arena_.rows(rows, spec.q_a.rows, form_);
-        kv_ = arena_.take<float>(rows * round_up(entry_, PANEL));
-        query_ = arena_.take<bf16>(rows * spec.heads * (spec.nope + spec.rope));
-        panels_ = (spec.heads + PANEL - 1) / PANEL;
-        query_panel_ = panel_bytes(Form::bf16, entry_);
-        out_ = arena_.rows(rows, spec.heads * spec.value, form_);
-        step_ = rows <= FEW ? WIDE : 2;
-        if (call.singles) prepare_singles(call.singles);
-        for (i64 span = 0; span < call.n_spans; span++)
-            expanded_bytes_ = std::max(expanded_bytes_, ExpandedHead::bytes(this->span(span).slots(), spec.nope + spec.rope, spec.value));
-        if (call.n_spans) {
-            expanded_ = arena_.take<uint8_t>(expanded_bytes_ * threads);
-            span_mixed_ = arena_.take<float>(threads * QueryBlock::MANY * round_up(spec.value, PANEL));
-        }
+    LatentRun(const Latent& spec, const AttentionCall& call, int threads)
+        : AttentionRun(spec, call, threads, spec.rank + spec.rope, spec.rank + spec.rope, spec.rank,
+                       (spec.heads + PANEL - 1) / PANEL, spec.heads * spec.value),
+          spec_(spec), each_(spec.nope + spec.rope) {
+        if (spec.q_a.rows) compressed_ = arena_.rows(call.rows, spec.q_a.rows, form_);
+        kv_ = arena_.take<float>(call.rows * round_up(entry_, PANEL));
+        query_ = arena_.take<bf16>(call.rows * spec.heads * each_);
+        heads_in_ = arena_.rows(spec.heads * call.singles, spec.nope, Form::bf16);
+        mixed_ = arena_.rows(spec.heads * call.singles, spec.rank, Form::bf16);
+        prepare_spans(each_, spec.value);
     }
 
     void run() {
 #pragma omp parallel num_threads(threads_)
         {
-            team_.share(0, call_.rows, [&](i64 row) {
-                bf16* out = x_.plain + row * x_.stride;
-                rms_norm(call_.x + row * spec_.hidden, spec_.norm, spec_.eps, spec_.hidden, out, x_.width);
-                round(x_, row);
-            });
+            team_.share(0, call_.rows, [&](i64 row) { norm(row); });
             i64 first = spec_.q_a.rows ? pieces(spec_.q_a) : 0;
             team_.share(1, first + pieces(spec_.kv_a), [&](i64 piece) {
                 if (piece < first) compress(piece);
@@ -51,65 +34,31 @@ class LatentRun {
             if (call_.singles) singles();
             if (call_.n_spans)
                 team_.share(11, call_.n_spans * spec_.heads,
-                            [&](i64 piece) { attend_span(span(piece / spec_.heads), piece % spec_.heads); });
-            if (by_integers(form_) || out_.width > spec_.heads * spec_.value)
-                team_.share(8, call_.rows, [&](i64 row) {
-                    bf16* out = out_.plain + row * out_.stride;
-                    bring(form_, out, spec_.heads * spec_.value, out_, row);
-                });
-            team_.share(9, pieces(spec_.output), [&](i64 piece) { put_out(piece); });
+                            [&](i64 piece) { naive(span(piece / spec_.heads), piece % spec_.heads); });
+            leave(spec_.heads * spec_.value);
         }
     }
 
   private:
-    void prepare_singles(i64 count) {
-        queries_ = arena_.take<uint8_t>(count * panels_ * query_panel_);
-        heads_in_ = arena_.rows(spec_.heads * count, spec_.nope, Form::bf16);
-        mixed_ = arena_.rows(spec_.heads * count, spec_.rank, Form::bf16);
-        first_chunk_ = arena_.take<i64>(count + 1);
-        first_chunk_[0] = 0;
-        for (i64 row = 0; row < count; row++)
-            first_chunk_[row + 1] = first_chunk_[row] + (call_.length[call_.single[row]] + CHUNK - 1) / CHUNK;
-        i64 parts = first_chunk_[count] * panels_;
-        row_of_ = arena_.take<i64>(first_chunk_[count]);
-        for (i64 row = 0; row < count; row++) std::fill(row_of_ + first_chunk_[row], row_of_ + first_chunk_[row + 1], row);
-        most_ = arena_.take<float>(parts * PANEL);
-        total_ = arena_.take<float>(parts * PANEL);
-        mixed_parts_ = arena_.take<float>(parts * PANEL * spec_.rank);
-    }
+    const Latent& spec_;
+    i64 each_;  // numbers of a head's query
+    Rows compressed_{}, heads_in_{}, mixed_{};
+    float* kv_;
+    bf16* query_;
 
     // In the absorbed form, whatever else is in the pass.
     void singles() {
         team_.share(4, spec_.heads, [&](i64 head) { absorb(head); });
-        team_.share(5, first_chunk_[call_.singles] * panels_, [&](i64 piece) { attend(piece); });
-        team_.share(6, call_.singles * spec_.heads, [&](i64 piece) { join_head(piece / spec_.heads, piece % spec_.heads); });
+        team_.share(5, first_chunk_[call_.singles] * streams_, [&](i64 piece) {
+            attend(piece, {0, entry_, 0, spec_.rank}, std::min(PANEL, spec_.heads - piece % streams_ * PANEL));
+        });
+        team_.share(6, call_.singles * spec_.heads, [&](i64 piece) {
+            i64 row = piece / spec_.heads, head = piece % spec_.heads;
+            bf16* out = mixed_.plain + (head * call_.singles + row) * mixed_.stride;
+            join_lane(row, head / PANEL, head % PANEL, out);
+            std::memset(out + spec_.rank, 0, (mixed_.width - spec_.rank) * 2);
+        });
         team_.share(7, spec_.heads, [&](i64 head) { expand(head); });
-    }
-
-    const Latent& spec_;
-    const LatentCall& call_;
-    int threads_;
-    Arena& arena_;
-    Team team_;
-    Form form_;
-    i64 entry_, panels_, query_panel_, step_;
-    Rows x_{}, compressed_{}, heads_in_{}, mixed_{}, out_{};
-    float *kv_, *most_ = nullptr, *total_ = nullptr, *mixed_parts_ = nullptr, *span_mixed_ = nullptr;
-    bf16* query_;
-    uint8_t *queries_ = nullptr, *expanded_ = nullptr;
-    i64 *first_chunk_ = nullptr, *row_of_ = nullptr;
-    i64 expanded_bytes_ = 0;
-
-    i64 pieces(const Pack& pack) const { return (pack.panels() + step_ - 1) / step_; }
-
-    void round(const Rows& x, i64 row) {
-        if (by_integers(form_)) bring(form_, x.plain + row * x.stride, x.width, x, row);
-    }
-
-    template <class Out>
-    void product(const Pack& pack, i64 piece, const Rows& x, Out out) {
-        i64 first = piece * step_;
-        panels(pack, first, std::min(step_, pack.panels() - first), x, out);
     }
 
     void compress(i64 piece) {
@@ -139,78 +88,15 @@ class LatentRun {
     }
 
     void ask(i64 piece) {
-        i64 size = spec_.heads * (spec_.nope + spec_.rope);
+        i64 size = spec_.heads * each_;
         product(spec_.q_b, piece, spec_.q_a.rows ? compressed_ : x_,
                 [&](i64 row, i64 panel, Floats sums) { put(query_ + row * size, panel, size, sums); });
     }
 
     // The roped part of a token's queries, in place.
     void turn(i64 row) {
-        bf16* q = query_ + row * spec_.heads * (spec_.nope + spec_.rope) + spec_.nope;
-        for (i64 head = 0; head < spec_.heads; head++, q += spec_.nope + spec_.rope)
-            rotate(q, call_.turn + row * spec_.rope, spec_.rope, q);
-    }
-
-    // A head's queries, moved into the latent's space, as one lane of the panel that scores are made with.
-    void absorb(i64 head) {
-        i64 rows = call_.singles, each = spec_.nope + spec_.rope, pairs = entry_ / 2;
-        Rows in = heads_in_.from(head * rows, rows);
-        bf16* lane = reinterpret_cast<bf16*>(queries_) + head / PANEL * query_panel_ / 2 + head % PANEL * 2;
-        i64 next = panels_ * query_panel_ / 2;
-        bool last = head == spec_.heads - 1;
-        for (i64 row = 0; row < rows; row++) {
-            const bf16* q = query_ + (call_.single[row] * spec_.heads + head) * each;
-            bring(Form::bf16, q, spec_.nope, in, row);
-            for (i64 i = 0; i < spec_.rope; i++) place(lane + row * next, spec_.rank + i) = q[spec_.nope + i];
-            for (i64 unused = 1; last && unused < PANEL - head % PANEL; unused++)
-                for (i64 pair = 0; pair < pairs; pair++) std::memset(lane + row * next + pair * PANEL * 2 + unused * 2, 0, 4);
-        }
-        Pack key_up = spec_.key_up;
-        key_up.data += head * spec_.key_up_bytes;
-        panels(key_up, 0, key_up.panels(), in, [&](i64 row, i64 panel, Floats sums) {
-            alignas(64) bf16 numbers[PANEL];
-            store(numbers, sums);
-            for (i64 i = panel * PANEL; i < std::min(spec_.rank, (panel + 1) * PANEL); i++)
-                place(lane + row * next, i) = numbers[i - panel * PANEL];
-        });
-    }
-
-    static bf16& place(bf16* lane, i64 column) { return lane[column / 2 * PANEL * 2 + column % 2]; }
-
-    Partial partial(i64 part) const {
-        return {most_ + part * PANEL, total_ + part * PANEL, mixed_parts_ + part * PANEL * spec_.rank};
-    }
-
-    void attend(i64 piece) {
-        i64 chunk = piece / panels_, panel = piece % panels_, row = row_of_[chunk], token = call_.single[row];
-        Pack query{Form::bf16, PANEL, entry_, queries_ + (row * panels_ + panel) * query_panel_, query_panel_};
-        Entries entries{call_.cache, entry_, call_.tables + call_.table[token], call_.length[token]};
-        i64 heads = std::min(PANEL, spec_.heads - panel * PANEL);
-        attend_chunk(query, entries, {0, entry_, 0, spec_.rank}, (chunk - first_chunk_[row]) * CHUNK, spec_.scale, heads,
-                     partial(chunk * panels_ + panel));
-    }
-
-    void join_head(i64 row, i64 head) {
-        i64 chunks = first_chunk_[row + 1] - first_chunk_[row], lane = head % PANEL;
-        Partial first = partial(first_chunk_[row] * panels_ + head / PANEL);
-        bf16* out = mixed_.plain + (head * call_.singles + row) * mixed_.stride;
-        join(first.most + lane, first.total + lane, first.mixed + lane * spec_.rank, chunks, panels_ * PANEL,
-             panels_ * PANEL * spec_.rank, spec_.rank, out);
-        std::memset(out + spec_.rank, 0, (mixed_.width - spec_.rank) * 2);
-    }
-
-    void expand(i64 head) {
-        Pack value_up = spec_.value_up;
-        value_up.data += head * spec_.value_up_bytes;
-        Rows in = mixed_.from(head * call_.singles, call_.singles);
-        panels(value_up, 0, value_up.panels(), in, [&](i64 row, i64 panel, Floats sums) {
-            put(out_.plain + call_.single[row] * out_.stride + head * spec_.value, panel, spec_.value, sums);
-        });
-    }
-
-    Span span(i64 index) const {
-        const int64_t* s = call_.spans + 4 * index;
-        return {s[0], s[1], s[2], s[3]};
+        bf16* q = query_ + row * spec_.heads * each_ + spec_.nope;
+        for (i64 head = 0; head < spec_.heads; head++, q += each_) rotate(q, call_.turn + row * spec_.rope, spec_.rope, q);
     }
 
     static Pack of(Pack pack, i64 head, i64 bytes) {
@@ -218,33 +104,43 @@ class LatentRun {
         return pack;
     }
 
-    void attend_span(const Span& span, i64 head) {
-        i64 each = spec_.nope + spec_.rope, thread = omp_get_thread_num();
-        ExpandedHead expanded(expanded_ + thread * expanded_bytes_, span.slots(), spec_.nope, spec_.rope, spec_.value);
-        Entries entries{call_.cache, entry_, call_.tables + span.table, span.slots()};
-        expanded.fill(entries, of(spec_.key_rows, head, spec_.key_rows_bytes),
-                      of(spec_.value_up, head, spec_.value_up_bytes), spec_.rank);
-        float* mixed = span_mixed_ + thread * QueryBlock::MANY * round_up(spec_.value, PANEL);
-        for (i64 q = 0; q < span.width; q += QueryBlock::MANY) {
-            i64 row = span.first + q;
-            Rows queries{std::min(QueryBlock::MANY, span.width - q), each, spec_.heads * each,
-                         query_ + (row * spec_.heads + head) * each};
-            QueryBlock(expanded, queries, span.start + q, spec_.scale, spec_.value)
-                .run(mixed, out_.plain + row * out_.stride + head * spec_.value, out_.stride);
+    // A head's queries, moved into the latent's space, as one lane of the panel that scores are made with.
+    void absorb(i64 head) {
+        i64 rows = call_.singles, stream = head / PANEL, lane = head % PANEL;
+        Rows in = heads_in_.from(head * rows, rows);
+        for (i64 row = 0; row < rows; row++) {
+            const bf16* q = query_ + (call_.single[row] * spec_.heads + head) * each_;
+            bring(Form::bf16, q, spec_.nope, in, row);
+            for (i64 i = 0; i < spec_.rope; i++) place(query_lane(row, stream, lane), spec_.rank + i) = q[spec_.nope + i];
+            if (head == spec_.heads - 1) clear_lanes(row, stream, lane + 1);
         }
+        Pack key_up = of(spec_.key_up, head, spec_.key_up_bytes);
+        panels(key_up, 0, key_up.panels(), in, [&](i64 row, i64 panel, Floats sums) {
+            alignas(64) bf16 numbers[PANEL];
+            store(numbers, sums);
+            for (i64 i = panel * PANEL; i < std::min(spec_.rank, (panel + 1) * PANEL); i++)
+                place(query_lane(row, stream, lane), i) = numbers[i - panel * PANEL];
+        });
     }
 
-    void put_out(i64 piece) {
-        product(spec_.output, piece, out_, [&](i64 row, i64 panel, Floats sums) {
-            bf16* x = call_.x + row * spec_.hidden;
-            alignas(64) bf16 before[PANEL] = {};
-            i64 start = panel * PANEL;
-            std::memcpy(before, x + start, std::min(PANEL, spec_.hidden - start) * 2);
-            put(x, panel, spec_.hidden, add(load((const bf16*)before), sums));
+    void expand(i64 head) {
+        Pack value_up = of(spec_.value_up, head, spec_.value_up_bytes);
+        Rows in = mixed_.from(head * call_.singles, call_.singles);
+        panels(value_up, 0, value_up.panels(), in, [&](i64 row, i64 panel, Floats sums) {
+            put(out_.plain + call_.single[row] * out_.stride + head * spec_.value, panel, spec_.value, sums);
         });
+    }
+
+    void naive(const Span& span, i64 head) {
+        ExpandedHead expanded(expanded_ + omp_get_thread_num() * expanded_bytes_, span.slots(), each_, spec_.value);
+        Entries entries{call_.cache, entry_, call_.tables + span.table, span.slots()};
+        expanded.multiply(entries, of(spec_.key_rows, head, spec_.key_rows_bytes),
+                          of(spec_.value_up, head, spec_.value_up_bytes), spec_.rank);
+        expanded.copy_keys(entries, spec_.rank, spec_.rope, spec_.nope);
+        attend_span(span, expanded, query_, spec_.heads * each_, each_, spec_.value, head);
     }
 };
 
-inline void latent(const Latent& spec, const LatentCall& call, int threads) { LatentRun(spec, call, threads).run(); }
+inline void latent(const Latent& spec, const AttentionCall& call, int threads) { LatentRun(spec, call, threads).run(); }
 
 }  // namespace finback

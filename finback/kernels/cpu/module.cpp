@@ -18,6 +18,7 @@
 #include "feed_forward.h"
 #include "span.h"
 
+#include "grouped.h"
 #include "latent.h"
 #include "lay.h"
 
@@ -71,42 +72,60 @@ void bind_feed_forward(nb::module_& m) {
     address(bound, "bias", &FeedForward::bias);
 }
 
-void bind_latent(nb::module_& m) {
-    nb::class_<Latent> bound(m, "Latent");
+// The fields and the call that every kind of attention has.
+template <class Kind, void (*run)(const Kind&, const AttentionCall&, int)>
+nb::class_<Kind> bind_attention(nb::module_& m, const char* name) {
+    nb::class_<Kind> bound(m, name);
     bound.def(nb::init<>())
-        .def_rw("hidden", &Latent::hidden)
-        .def_rw("heads", &Latent::heads)
-        .def_rw("nope", &Latent::nope)
+        .def_rw("hidden", &Kind::hidden)
+        .def_rw("heads", &Kind::heads)
+        .def_rw("eps", &Kind::eps)
+        .def_rw("scale", &Kind::scale)
+        .def_rw("output", &Kind::output)
+        .def(
+            "__call__",
+            [](const Kind& self, uintptr_t x, i64 rows, uintptr_t turn, uintptr_t cache, uintptr_t slot, uintptr_t tables,
+               uintptr_t table, uintptr_t length, uintptr_t single, i64 singles, uintptr_t spans, i64 n_spans, int threads) {
+                run(self,
+                    {at<bf16>(x), rows, at<float>(turn), at<bf16>(cache), at<int64_t>(slot), at<int64_t>(tables),
+                     at<int64_t>(table), at<int64_t>(length), at<int64_t>(single), singles, at<int64_t>(spans), n_spans},
+                    threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+    address<Kind, const float>(bound, "norm", &Kind::norm);
+    return bound;
+}
+
+void bind_latent(nb::module_& m) {
+    auto bound = bind_attention<Latent, latent>(m, "Latent");
+    bound.def_rw("nope", &Latent::nope)
         .def_rw("rope", &Latent::rope)
         .def_rw("value", &Latent::value)
         .def_rw("rank", &Latent::rank)
-        .def_rw("eps", &Latent::eps)
         .def_rw("latent_eps", &Latent::latent_eps)
-        .def_rw("scale", &Latent::scale)
         .def_rw("q_a", &Latent::q_a)
         .def_rw("q_b", &Latent::q_b)
         .def_rw("kv_a", &Latent::kv_a)
-        .def_rw("output", &Latent::output)
         .def_rw("key_up", &Latent::key_up)
         .def_rw("value_up", &Latent::value_up)
+        .def_rw("key_rows", &Latent::key_rows)
         .def_rw("key_up_bytes", &Latent::key_up_bytes)
         .def_rw("value_up_bytes", &Latent::value_up_bytes)
-        .def_rw("key_rows", &Latent::key_rows)
-        .def_rw("key_rows_bytes", &Latent::key_rows_bytes)
-        .def(
-            "__call__",
-            [](const Latent& self, uintptr_t x, i64 rows, uintptr_t turn, uintptr_t cache, uintptr_t slot,
-               uintptr_t tables, uintptr_t table, uintptr_t length, uintptr_t single, i64 singles, uintptr_t spans,
-               i64 n_spans, int threads) {
-                latent(self,
-                       {at<bf16>(x), rows, at<float>(turn), at<bf16>(cache), at<int64_t>(slot), at<int64_t>(tables),
-                        at<int64_t>(table), at<int64_t>(length), at<int64_t>(single), singles, at<int64_t>(spans), n_spans},
-                       threads);
-            },
-            nb::call_guard<nb::gil_scoped_release>());
-    address(bound, "norm", &Latent::norm);
+        .def_rw("key_rows_bytes", &Latent::key_rows_bytes);
     address(bound, "q_norm", &Latent::q_norm);
     address(bound, "kv_norm", &Latent::kv_norm);
+}
+
+void bind_grouped(nb::module_& m) {
+    auto bound = bind_attention<Grouped, grouped>(m, "Grouped");
+    bound.def_rw("kv_heads", &Grouped::kv_heads)
+        .def_rw("head_dim", &Grouped::head_dim)
+        .def_rw("query", &Grouped::query)
+        .def_rw("key", &Grouped::key)
+        .def_rw("value", &Grouped::value);
+    address(bound, "query_bias", &Grouped::query_bias);
+    address(bound, "key_bias", &Grouped::key_bias);
+    address(bound, "value_bias", &Grouped::value_bias);
 }
 
 }  // namespace
@@ -133,4 +152,5 @@ NB_MODULE(FINBACK_MODULE, m) {
         nb::call_guard<nb::gil_scoped_release>());
     bind_feed_forward(m);
     bind_latent(m);
+    bind_grouped(m);
 }

@@ -1,5 +1,5 @@
-// Softmax attention of many neighbouring tokens of one sequence, one head at a time: its keys and values are expanded
-// from the latents into panels, and scores live for a block of queries and a chunk of slots only.
+// Softmax attention of many neighbouring tokens of one sequence, one head at a time: its keys and values are brought
+// into panels, from the latents or as they are, and scores live for a block of queries and a chunk of slots only.
 #pragma once
 
 #include <algorithm>
@@ -20,57 +20,63 @@ class ExpandedHead {
         return round_up(slots, STEP) * 2 * (key + round_up(value, PANEL));
     }
 
-    ExpandedHead(uint8_t* memory, i64 slots, i64 nope, i64 rope, i64 value)
-        : slots_(round_up(slots, STEP)), nope_(nope), rope_(rope), value_(value), keys_(memory),
-          values_(memory + slots_ * 2 * (nope + rope)) {}
+    ExpandedHead(uint8_t* memory, i64 slots, i64 key, i64 value)
+        : slots_(round_up(slots, STEP)), key_(key), value_(value), keys_(memory), values_(memory + slots_ * 2 * key) {
+        for (i64 slot = slots; slot < slots_; slot++) clear(slot);
+    }
 
-    // From the entries of blocks that hold `slots` slots; what is past them becomes zeros.
-    void fill(const Entries& entries, const Pack& key_rows, const Pack& value_rows, i64 rank) {
-        for (i64 block = 0; block * BLOCK_SLOTS < slots_; block++) {
-            i64 many = std::clamp(entries.length - block * BLOCK_SLOTS, i64(0), BLOCK_SLOTS);
-            uint8_t* key = keys_ + block * key_stride();
-            if (many < BLOCK_SLOTS) clear(block, many);
-            if (!many) continue;
-            const bf16* entry = entries.block(block);
-            Rows latents{many, rank, entries.width, const_cast<bf16*>(entry)};
+    // Keys and values from the latents of all entries.
+    void multiply(const Entries& entries, const Pack& key_rows, const Pack& value_rows, i64 rank) {
+        for (i64 first = 0; first < entries.length; first += BLOCK_SLOTS) {
+            Rows latents{std::min(BLOCK_SLOTS, entries.length - first), rank, entries.width,
+                         const_cast<bf16*>(entries.block(first / BLOCK_SLOTS))};
             panels(key_rows, 0, key_rows.panels(), latents, [&](i64 slot, i64 panel, Floats sums) {
                 alignas(64) bf16 numbers[PANEL];
                 store(numbers, sums);
-                for (i64 i = 0; i < PANEL && panel * PANEL + i < nope_; i += 2)
-                    std::memcpy(key + (panel * PANEL + i) * PANEL * 2 + slot * 4, numbers + i, 4);
+                for (i64 i = 0; i < PANEL && panel * PANEL + i < key_rows.rows; i += 2)
+                    std::memcpy(key(first + slot, panel * PANEL + i), numbers + i, 4);
             });
-            for (i64 slot = 0; slot < many; slot++)
-                for (i64 i = 0; i < rope_; i += 2)
-                    std::memcpy(key + (nope_ + i) * PANEL * 2 + slot * 4, entry + slot * entries.width + rank + i, 4);
             panels(value_rows, 0, value_rows.panels(), latents, [&](i64 slot, i64 panel, Floats sums) {
                 alignas(64) bf16 numbers[PANEL];
                 store(numbers, sums);
-                bf16* out = value(panel, block * BLOCK_SLOTS + slot);
-                for (i64 i = 0; i < PANEL; i++) out[2 * i] = numbers[i];
+                for (i64 i = 0; i < PANEL; i++) value(panel, first + slot)[2 * i] = numbers[i];
             });
         }
     }
 
+    // `count` numbers of every entry, from number `from` on, as the keys' numbers from `to` on.
+    void copy_keys(const Entries& entries, i64 from, i64 count, i64 to) {
+        for (i64 slot = 0; slot < entries.length; slot++)
+            for (i64 i = 0; i < count; i += 2) std::memcpy(key(slot, to + i), entries.entry(slot) + from + i, 4);
+    }
+
+    void copy_values(const Entries& entries, i64 from) {
+        for (i64 slot = 0; slot < entries.length; slot++)
+            for (i64 v = 0; v < round_up(value_, PANEL); v++)
+                value(v / PANEL, slot)[v % PANEL * 2] = v < value_ ? entries.entry(slot)[from + v] : bf16(0);
+    }
+
     Pack keys(i64 first, i64 count) const {
-        return {Form::bf16, round_up(count, PANEL), nope_ + rope_, keys_ + first / PANEL * key_stride(), key_stride()};
+        return {Form::bf16, round_up(count, PANEL), key_, keys_ + first / PANEL * key_stride(), key_stride()};
     }
     Pack values(i64 first, i64 count) const {
         return {Form::bf16, value_, count, values_ + first * PANEL * 2, slots_ * PANEL * 2};
     }
 
   private:
-    i64 slots_, nope_, rope_, value_;
+    i64 slots_, key_, value_;
     uint8_t *keys_, *values_;
 
-    i64 key_stride() const { return (nope_ + rope_) * PANEL * 2; }
+    i64 key_stride() const { return key_ * PANEL * 2; }
+    bf16* key(i64 slot, i64 number) {  // numbers in pairs
+        return reinterpret_cast<bf16*>(keys_ + slot / PANEL * key_stride()) + number * PANEL + slot % PANEL * 2;
+    }
     bf16* value(i64 panel, i64 slot) {
         return reinterpret_cast<bf16*>(values_) + (panel * slots_ + slot - slot % 2) * PANEL + slot % 2;
     }
-    void clear(i64 block, i64 first) {
-        std::memset(keys_ + block * key_stride(), 0, key_stride());
-        for (i64 panel = 0; panel * PANEL < value_; panel++)
-            for (i64 slot = block * BLOCK_SLOTS + first; slot < (block + 1) * BLOCK_SLOTS; slot++)
-                for (i64 i = 0; i < PANEL; i++) value(panel, slot)[2 * i] = 0;
+    void clear(i64 slot) {
+        for (i64 i = 0; i < key_; i += 2) std::memset(key(slot, i), 0, 4);
+        for (i64 v = 0; v < round_up(value_, PANEL); v++) value(v / PANEL, slot)[v % PANEL * 2] = 0;
     }
 };
 
