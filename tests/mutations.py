@@ -3,19 +3,28 @@
 Every room lists its own in `tests/mutations_<room>.py` as `MUTATIONS`. `tests/test_mutations.py` runs them all.
 """
 
+import atexit
 import importlib
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+import nanobind
 
 from finback.kernels import native
 
 ROOT = Path(__file__).parent.parent
+CXX = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+_LOCK = threading.Lock()
 LIMIT_S = 300
 
 # An editable install finds the package by a hook that comes before the path; in the copy it must not.
@@ -66,6 +75,34 @@ def plant(mutation: Mutation, target: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count(mutation.old) == 1, f"{mutation.file}: {mutation.old!r} occurs {text.count(mutation.old)} times"
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    if path.parent.name == "cpu":
+        build(target)
+
+
+@cache
+def _binding() -> tuple[str, Path]:
+    """nanobind's headers, and its own code compiled: once for all bugs in native code."""
+    root = Path(nanobind.__file__).parent
+    made = Path(tempfile.mkdtemp()) / "nanobind.o"
+    atexit.register(shutil.rmtree, made.parent, ignore_errors=True)
+    include = (
+        f"-I{root / 'include'}",
+        f"-I{root / 'ext' / 'robin_map' / 'include'}",
+        f"-I{sysconfig.get_path('include')}",
+    )
+    flags = " ".join(include)
+    subprocess.run(["c++", *CXX, *include, "-c", str(root / "src" / "nb_combined.cpp"), "-o", str(made)], check=True)
+    return flags, made
+
+
+def build(target: Path) -> None:
+    """Compile the AVX2 kernels of the copy at `target`: every processor that runs any path runs this one."""
+    with _LOCK:
+        include, binding = _binding()
+    source, out = target / "finback" / "kernels" / "cpu" / "module.cpp", target / "finback" / "kernels"
+    name = f"_avx2{sysconfig.get_config_var('EXT_SUFFIX')}"
+    options = ["-shared", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-DFINBACK_MODULE=_avx2", *include.split()]
+    subprocess.run(["c++", *CXX, *options, str(source), str(binding), "-o", str(out / name)], check=True)
 
 
 def run(tests: Sequence[str], target: Path, limit_s: int = LIMIT_S) -> subprocess.CompletedProcess[str]:

@@ -81,14 +81,9 @@ class AttentionRun {
 
     static bf16& place(bf16* lane, i64 column) { return lane[column / 2 * PANEL * 2 + column % 2]; }
 
-    // Where query `lane` of a token's panel begins.
+    // Where query `lane` of a token's panel begins. What lanes without a head hold is never looked at.
     bf16* query_lane(i64 row, i64 stream, i64 lane) const {
         return reinterpret_cast<bf16*>(queries_ + (row * streams_ + stream) * query_panel_) + lane * 2;
-    }
-
-    void clear_lanes(i64 row, i64 stream, i64 first) {
-        for (i64 lane = first; lane < PANEL; lane++)
-            for (i64 column = 0; column < key_; column += 2) std::memset(&place(query_lane(row, stream, lane), column), 0, 4);
     }
 
     Partial partial(i64 part) const {

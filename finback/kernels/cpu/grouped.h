@@ -94,7 +94,6 @@ class GroupedRun : AttentionRun {
             const bf16* q = query_ + (call_.single[row] * spec_.heads + first + lane) * dim_;
             for (i64 i = 0; i < dim_; i += 2) std::memcpy(&place(query_lane(row, stream, lane), i), q + i, 4);
         }
-        clear_lanes(row, stream, lanes(stream));
     }
 
     void whole(const Span& span, i64 kv_head) {

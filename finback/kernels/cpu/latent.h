@@ -112,7 +112,6 @@ class LatentRun : AttentionRun {
             const bf16* q = query_ + (call_.single[row] * spec_.heads + head) * each_;
             bring(Form::bf16, q, spec_.nope, in, row);
             for (i64 i = 0; i < spec_.rope; i++) place(query_lane(row, stream, lane), spec_.rank + i) = q[spec_.nope + i];
-            if (head == spec_.heads - 1) clear_lanes(row, stream, lane + 1);
         }
         Pack key_up = of(spec_.key_up, head, spec_.key_up_bytes);
         panels(key_up, 0, key_up.panels(), in, [&](i64 row, i64 panel, Floats sums) {

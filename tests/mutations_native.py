@@ -1,0 +1,160 @@
+"""Planted bugs of the native kernels; those in C++ are compiled for AVX2 in the copy."""
+
+from mutations import Mutation
+
+NATIVE = "test_kernels_native.py"
+LINEAR, BITS = f"{NATIVE}::test_linear_of_few_and_many_rows", f"{NATIVE}::test_a_rows_bits_do_not_depend_on_the_others"
+FEED, ATTENTION = f"{NATIVE}::test_the_feed_forward_of_a_block", f"{NATIVE}::test_attention_of_a_block"
+FILL, LAY = f"{NATIVE}::test_panels_are_filled_in_parts", f"{NATIVE}::test_the_native_way_into_panels"
+
+
+def cpu(file: str, old: str, new: str, test: str, why: str) -> Mutation:
+    return Mutation(f"kernels/cpu/{file}", old, new, [test], why)
+
+
+MUTATIONS = [
+    cpu(
+        "panel.h", "row = Pair::row(x + m * stride + k)", "row = Pair::row(x + k)", LINEAR, "all rows are the first one"
+    ),
+    cpu(
+        "panel.h",
+        "\n    rows_left<P, M - 1>(pack, first, x, row, out);\n}",
+        "\n}",
+        LINEAR,
+        "rows past the last full block are forgotten",
+    ),
+    cpu(
+        "panel.h",
+        "if (first < end) all_rows<1, MOST>(pack, first, x, out);",
+        "",
+        LINEAR,
+        "an odd last panel is forgotten",
+    ),
+    cpu(
+        "panel.h",
+        "w[p] + x.width * PANEL + block * 4",
+        "w[p] + x.width * PANEL",
+        LINEAR,
+        "FP8 has one scale for all columns",
+    ),
+    cpu("rows.h", "-zero_point * total", "zero_point * total", LINEAR, "what weights have too much is added again"),
+    cpu("rows.h", "form == Form::int8 ? 128 : 8", "128", LINEAR, "int4's codes are taken for int8's"),
+    cpu(
+        "rows.h",
+        "scale[group] = limit / 127.0f;",
+        "scale[group] = limit / 128.0f;",
+        LINEAR,
+        "a row is rounded by another scale",
+    ),
+    cpu("rows.h", "for (; i < width; i++) out[i] = 0;", "", FEED, "what fills a row up is left over from before"),
+    cpu("lay.h", "std::memset(copy + held, from.zero ^ from.flip, bytes - held);", "", LAY, "panels are not filled up"),
+    cpu(
+        "feed_forward.h",
+        "score_[e] + (spec_.bias ? spec_.bias[e] : 0.0f)",
+        "score_[e]",
+        FEED,
+        "the correction bias does not select",
+    ),
+    cpu(
+        "feed_forward.h",
+        "total += weights[k] = score_[experts[k]]",
+        "total += weights[k] = score_[experts[k]] + (spec_.bias ? spec_.bias[experts[k]] : 0.0f)",
+        FEED,
+        "the correction bias weighs",
+    ),
+    cpu("feed_forward.h", "if (spec_.groups > 1) keep_groups();", "", FEED, "groups of experts do not matter"),
+    cpu("feed_forward.h", "if (!replay) select(experts);", "select(experts);", FEED, "a replayed choice is made again"),
+    cpu("feed_forward.h", "if (panel % 2 == 0) {", "if (panel % 2 == 1) {", FEED, "gate and up are exchanged"),
+    cpu(
+        "feed_forward.h",
+        "total + choice / spec_.chosen * size",
+        "total + choice % call_.rows * size",
+        FEED,
+        "tokens get each other's experts",
+    ),
+    cpu(
+        "attend.h",
+        "end = std::min(first + CHUNK, entries.length)",
+        "end = first + CHUNK",
+        ATTENTION,
+        "a token sees what is behind it",
+    ),
+    cpu(
+        "attend.h",
+        "value += std::exp(most[c * next] - largest_of_all) * mixed",
+        "value += mixed",
+        ATTENTION,
+        "chunks are joined without their weights",
+    ),
+    cpu(
+        "span.h",
+        "std::clamp(position_ + q + 1 - first, i64(0), count)",
+        "count",
+        ATTENTION,
+        "a span's tokens see those after them",
+    ),
+    cpu(
+        "span.h",
+        "for (i64 slot = slots; slot < slots_; slot++) clear(slot);",
+        "",
+        ATTENTION,
+        "what nobody wrote is looked at",
+    ),
+    cpu(
+        "span.h",
+        "total_[q] = total_[q] * kept + sum(total);",
+        "total_[q] = total_[q] + sum(total);",
+        ATTENTION,
+        "an earlier chunk counts by its old largest score",
+    ),
+    cpu(
+        "latent.h",
+        "rotate(kv + spec_.rank, call_.turn + row * spec_.rope",
+        "rotate(kv + spec_.rank, call_.turn",
+        ATTENTION,
+        "every key is turned to the first position",
+    ),
+    cpu(
+        "grouped.h",
+        "out[i] = narrow(widen(out[i]) + widen(narrow(bias[i])));",
+        ";",
+        ATTENTION,
+        "Qwen2's biases are forgotten",
+    ),
+    cpu(
+        "grouped.h",
+        "head / group_ * each + in_group / PANEL",
+        "head % spec_.kv_heads * each",
+        ATTENTION,
+        "heads ask another group's keys",
+    ),
+    Mutation(
+        "kernels/panels.py",
+        "tail[:, : scale.shape[1]] = scale.float().repeat_interleave(128 // PANEL, dim=0)[:panels]",
+        "tail[:, : scale.shape[1]] = scale.float()[:1]",
+        [LINEAR],
+        "FP8's first row of blocks scales all",
+    ),
+    Mutation(
+        "kernels/native.py",
+        "if level is not None and level not in possible:",
+        "if False:",
+        [f"{NATIVE}::test_paths_are_named"],
+        "a path that cannot be taken is tried",
+    ),
+    Mutation("model/fused.py", "1 if bias is None else 2", "2", [FEED], "V2's groups are judged by two experts"),
+    Mutation(
+        "model/fused.py",
+        "    if owners:\n        model.requires_grad_(False)",
+        "    model.requires_grad_(False)",
+        ["test_weights_folder.py::test_a_loaded_model_is_ready"],
+        "a float32 model cannot be trained",
+    ),
+    Mutation(
+        "model/weight.py",
+        "self.panels[index[0]][index[1] :: self.parts]",
+        "self.panels[index[0]].unflatten(0, (self.parts, -1))[index[1]]",
+        [FEED],
+        "gate and up lie one below the other where kernels take them by turns",
+    ),
+]
