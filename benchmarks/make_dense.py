@@ -3,7 +3,7 @@
     python benchmarks/make_dense.py FOLDER
 
 Every tensor is drawn from its own name, so none depends on the order or on what else there is. The tokenizer is calf's:
-benchmarks give token ids, but other programs want one. About 1 GB.
+benchmarks give token ids, but other programs want one. 1.3 GB: the file has the tied head twice.
 """
 
 import argparse

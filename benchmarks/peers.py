@@ -146,14 +146,15 @@ class Run:
     def _command(self, job: Job) -> list[str]:
         options = self.options
         if job.peer == "llama.cpp":
-            return peers_llama.command(job.what[0], self._gguf(job.form), options.llama_bin, options.threads, [])
+            return peers_llama.command(job.what[0], self.gguf(job.form), options.llama_bin, options.threads)
         python = options.vllm_python if job.peer == "vllm" else sys.executable
         peer = job.peer.removesuffix("-compiled")
         worker = [str(python), str(Path(__file__).with_name("peers_worker.py")), peer, str(self.checkpoint)]
         more = ["--compiled"] if peer != job.peer else []
         return [*worker, "--form", job.form, "--threads", str(options.threads), *more, "--what", *job.what]
 
-    def _gguf(self, form: str) -> Path:
+    def gguf(self, form: str) -> Path:
+        """The file that llama.cpp reads."""
         return peers_llama.file_of(self.original, form, self.options.work / "gguf", self.options.llama_bin)
 
     def _environment(self) -> dict[str, str]:
@@ -188,7 +189,7 @@ class Run:
             return {}
         count = int(what.split("-")[1])
         if job.peer == "llama.cpp":
-            return {"weight_bytes": peers_llama.bytes_read(self._gguf(job.form), self.config, count)}
+            return {"weight_bytes": peers_llama.bytes_read(self.gguf(job.form), self.config, count)}
         return {"weight_bytes": bytes_read(self.config, count, 2, None if job.form == "bfloat16" else job.form)}
 
 
@@ -252,6 +253,8 @@ def measure(options: argparse.Namespace) -> None:
     peers = [name for name in options.peers if name not in missing]
     if not peers:
         raise UserError(f"--peers {' '.join(options.peers)}: none of them can run here")
+    for form in options.forms if "llama.cpp" in peers else ():
+        this.gguf(form)  # made before anything is measured
     jobs = left(planned(peers, options.forms, options.what, options.rounds), log)
     total = sum(guess(job, log) for job in jobs)
     print(f"{len(jobs)} measurements to take, about {total / 60:.0f} minutes", file=sys.stderr)

@@ -46,10 +46,10 @@ def file_of(checkpoint: Path, form: str, folder: Path, tools: Path) -> Path:
     return path
 
 
-def command(what: str, file: Path, tools: Path, threads: int, more: list[str]) -> list[str]:
+def command(what: str, file: Path, tools: Path, threads: int) -> list[str]:
     """llama-bench for one sequence, llama-batched-bench for several."""
     kind, count = what.split("-")
-    base = ["-m", str(file), "-fa", "1", "-t", str(threads), *more]
+    base = ["-m", str(file), "-fa", "1", "-t", str(threads)]
     if kind == "decode" and count != "1":
         room = int(count) * 1024
         sizes = ["-c", str(room), "-npp", str(DEPTH), "-ntg", str(tokens(what)), "-npl", count]

@@ -85,7 +85,7 @@ class Figure:
 
     @property
     def median(self) -> float:
-        return median(self.rounds.values())
+        return median(self.values)
 
     @property
     def share(self) -> float | None:
@@ -189,7 +189,7 @@ def report(setup: dict[str, Any], config: Config, log: Log, missing: dict[str, s
     lines.append("Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions)) + ".")
     lines += [
         "",
-        "Tokens/s: median of the rounds' values (min – max). The share is that of the least time that reading",
+        "Tokens/s: median of all rounds' values (min – max). The share is that of the least time that reading",
     ]
     lines += ["the weights, as this peer stores them, and the cache, or the arithmetic, takes on this machine."]
     lines += ["", "| what | form | peer | tokens/s | of the limit | Finback's over it, by round | known | setting |"]

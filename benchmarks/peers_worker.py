@@ -10,13 +10,13 @@ tokens to its first token. Both in tokens/s, a value for every repeat.
 import argparse
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 DEPTH = 512
+ROOM = 64  # tokens that a request may have made before the last of a batch has its first
 FEW = 8  # steps by which the better of two settings is told
 
 
@@ -57,15 +57,15 @@ def finback(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, A
     vocabulary, steps = model.config.vocab_size, tokens(what)
 
     def decode(seed: int) -> float:
-        sampling = Sampling(max_tokens=steps + 2, temperature=0, ignore_eos=True)
+        sampling = Sampling(max_tokens=steps + ROOM, temperature=0, ignore_eos=True)
         requests = [engine.submit(ids(DEPTH, vocabulary, seed + row), sampling) for row in range(rows)]
         while not all(request.choices for request in requests):
             engine.step()
         before = sum(len(request.choices) for request in requests)
         seconds = timed(lambda: [engine.step() for _ in range(steps)])
         made = sum(len(request.choices) for request in requests) - before
-        while engine.busy:
-            engine.step()
+        for request in requests:
+            engine.cancel(request)
         return made / seconds
 
     def prefill(seed: int) -> float:
@@ -134,7 +134,7 @@ def decode_steps(model: Any, rows: int, steps: int, seed: int, compiled: bool) -
 
 
 def vllm(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, Any]:
-    """`LLM.generate`; decoding is the time of N + 1 tokens less the time of one, medians both."""
+    """Its own engine, stepped as ours is."""
     import vllm
 
     kind, count = what.split("-")
@@ -151,27 +151,36 @@ def vllm(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, Any]
         )
     vocabulary = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
 
-    def seconds(rows: int, length: int, new: int, seed: int) -> float:
-        sampling = vllm.SamplingParams(
-            temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False
-        )
-        prompts = [{"prompt_token_ids": ids(length, vocabulary, seed + row)} for row in range(rows)]
-        start = time.perf_counter()
-        done = loaded["model"].generate(prompts, sampling, use_tqdm=False)
-        spent = time.perf_counter() - start
-        assert [len(each.outputs[0].token_ids) for each in done] == [new] * rows
-        return spent
+    engine, steps = loaded["model"].llm_engine, tokens(what)
+    rows, length = (int(count), DEPTH) if kind == "decode" else (1, int(count))
 
-    times = max(2, repeats(what))
-    seeds = [1000 * (number + 1) for number in range(times)]
-    if kind == "prefill":
-        seconds(1, int(count), 1, 100)
-        values = [int(count) / seconds(1, int(count), 1, seed) for seed in seeds]
-    else:
-        rows, steps = int(count), tokens(what)
-        seconds(rows, DEPTH, 4, 100)
-        prompts_s = statistics.median(seconds(rows, DEPTH, 1, seed) for seed in seeds)
-        values = [rows * steps / (seconds(rows, DEPTH, 1 + steps, seed + 500) - prompts_s) for seed in seeds]
+    def one(seed: int) -> float:
+        most = steps + ROOM if kind == "decode" else 1
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        for row in range(rows):
+            prompt = {"prompt_token_ids": ids(length, vocabulary, seed + row)}
+            engine.add_request(f"{what}-{seed + row}", prompt, sampling)
+        made: dict[str, int] = {}
+
+        def step() -> None:
+            made.update({each.request_id: len(each.outputs[0].token_ids) for each in engine.step()})
+
+        while len(made) < rows:
+            step()
+        if kind == "prefill":
+            return length / (time.perf_counter() - start)
+        before, start = dict(made), time.perf_counter()
+        while min(made[name] - before[name] for name in made) < steps:
+            step()
+        seconds = time.perf_counter() - start
+        engine.abort_request(list(made))
+        while engine.has_unfinished_requests():
+            engine.step()
+        return (sum(made.values()) - sum(before.values())) / seconds
+
+    one(100)
+    values = [one(1000 * (number + 1)) for number in range(repeats(what))]
     setting = "MLA off" if os.environ.get("VLLM_MLA_DISABLE") == "1" else ""
     return {"tokens_per_s": values, "version": vllm.__version__, "setting": setting}
 
