@@ -146,12 +146,14 @@ class Run:
     def _command(self, job: Job) -> list[str]:
         options = self.options
         if job.peer == "llama.cpp":
-            return peers_llama.command(job.what[0], self.gguf(job.form), options.llama_bin, options.threads)
+            file, tools = self.gguf(job.form), options.llama_bin
+            return peers_llama.command(job.what[0], file, tools, options.threads, options.repeats)
         python = options.vllm_python if job.peer == "vllm" else sys.executable
         peer = job.peer.removesuffix("-compiled")
         worker = [str(python), str(Path(__file__).with_name("peers_worker.py")), peer, str(self.checkpoint)]
+        numbers = ["--threads", str(options.threads), "--repeats", str(options.repeats)]
         more = ["--compiled"] if peer != job.peer else []
-        return [*worker, "--form", job.form, "--threads", str(options.threads), *more, "--what", *job.what]
+        return [*worker, "--form", job.form, *numbers, *more, "--what", *job.what]
 
     def gguf(self, form: str) -> Path:
         """The file that llama.cpp reads."""
@@ -281,6 +283,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--what", nargs="+", default=list(WHAT), help="decode-BATCH and prefill-TOKENS")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1, help="of each process, times 3 (1 of what takes long)")
     parser.add_argument("--threads", type=int, default=machine.cpus())
     parser.add_argument("--kernels", choices=["avx512", "avx2", "torch"], help="our path; the best where not given")
     parser.add_argument("--llama-bin", type=Path, help="a folder with llama-bench, llama-batched-bench, llama-quantize")

@@ -46,28 +46,24 @@ def file_of(checkpoint: Path, form: str, folder: Path, tools: Path) -> Path:
     return path
 
 
-def command(what: str, file: Path, tools: Path, threads: int) -> list[str]:
+def command(what: str, file: Path, tools: Path, threads: int, times: int = 1) -> list[str]:
     """llama-bench for one sequence, llama-batched-bench for several."""
     kind, count = what.split("-")
     base = ["-m", str(file), "-fa", "1", "-t", str(threads)]
     if kind == "decode" and count != "1":
         room = int(count) * 1024
-        sizes = ["-c", str(room), "-npp", str(DEPTH), "-ntg", str(tokens(what)), "-npl", count]
+        sizes = ["-c", str(room), "-npp", str(DEPTH), "-ntg", str(tokens(what)), "-npl", ",".join([count] * times)]
         return [str(tools / TOOLS[1]), *base, *sizes, "--output-format", "jsonl"]
     sizes = ["-p", "0", "-n", str(tokens(what)), "-d", str(DEPTH)] if kind == "decode" else ["-p", count, "-n", "0"]
-    return [str(tools / TOOLS[0]), *base, *sizes, "-r", str(repeats(what)), "-o", "jsonl"]
+    return [str(tools / TOOLS[0]), *base, *sizes, "-r", str(repeats(what, times)), "-o", "jsonl"]
 
 
 def parse(what: str, output: str) -> Iterator[dict[str, Any]]:
-    """The measurement in what either tool printed, as a worker would print it."""
-    for line in output.splitlines():
-        if not line.startswith("{"):
-            continue
-        found = json.loads(line)
-        if "samples_ts" in found:
-            yield {"what": what, "tokens_per_s": found["samples_ts"], "version": found.get("build_commit", "")}
-        elif "speed_tg" in found:
-            yield {"what": what, "tokens_per_s": [found["speed_tg"]]}
+    """The measurement in what either tool printed, as a worker would print it; nothing where there is none."""
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    values = [value for line in lines for value in line.get("samples_ts", [line.get("speed_tg")])]
+    if values and None not in values:
+        yield {"what": what, "tokens_per_s": values, "version": lines[0].get("build_commit", "")}
 
 
 def bytes_read(file: Path, config: Config, rows: int) -> float:

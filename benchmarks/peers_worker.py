@@ -32,9 +32,9 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def repeats(what: str) -> int:
+def repeats(what: str, times: int = 1) -> int:
     """How often a process measures it; those that take long once, since rounds repeat them."""
-    return 3 if what == "decode-1" or (what.startswith("prefill-") and int(what.split("-")[1]) <= 1024) else 1
+    return times * (3 if what == "decode-1" or (what.startswith("prefill-") and int(what.split("-")[1]) <= 1024) else 1)
 
 
 def tokens(what: str) -> int:
@@ -74,7 +74,7 @@ def finback(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, A
 
     run = decode if kind == "decode" else prefill
     run(100)
-    values = [run(1000 * (number + 1)) for number in range(repeats(what))]
+    values = [run(1000 * (number + 1)) for number in range(repeats(what, options.repeats))]
     return {"tokens_per_s": values, "version": finback.__version__, "setting": native.level()}
 
 
@@ -105,7 +105,7 @@ def transformers(options: argparse.Namespace, what: str, loaded: dict) -> dict[s
         trials[attention] = seconds(200, FEW)
     best = min(trials, key=lambda name: trials[name])
     model.set_attn_implementation(best)
-    values = [work / seconds(1000 * (number + 1)) for number in range(repeats(what))]
+    values = [work / seconds(1000 * (number + 1)) for number in range(repeats(what, options.repeats))]
     setting = best + (", torch.compile" if options.compiled else "")
     return {"tokens_per_s": values, "version": transformers.__version__, "setting": setting, "trials_s": trials}
 
@@ -180,7 +180,7 @@ def vllm(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, Any]
         return (sum(made.values()) - sum(before.values())) / seconds
 
     one(100)
-    values = [one(1000 * (number + 1)) for number in range(repeats(what))]
+    values = [one(1000 * (number + 1)) for number in range(repeats(what, options.repeats))]
     setting = "MLA off" if os.environ.get("VLLM_MLA_DISABLE") == "1" else ""
     return {"tokens_per_s": values, "version": vllm.__version__, "setting": setting}
 
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--form", default="bfloat16")
     parser.add_argument("--what", nargs="+", required=True)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=1, help="times what is usual")
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     if options.threads and options.peer != "vllm":  # which sets its own, by its environment

@@ -132,8 +132,9 @@ def test_a_failure_is_reported_until_it_succeeds():
 def test_what_llama_prints_is_read():
     bench = '{"build_commit": "abc", "n_prompt": 512, "avg_ts": 2.5, "samples_ts": [ 2.000000, 3.000000 ]}'
     assert [each["tokens_per_s"] for each in peers_llama.parse("prefill-512", f"noise\n{bench}\n")] == [[2.0, 3.0]]
+    assert list(peers_llama.parse("prefill-512", "error: no such model")) == []
     batched = '{"n_kv_max": 16384, "pp": 512, "tg": 64, "pl": 16, "speed_pp": 180.0, "speed_tg": 53.4, "speed": 150.0}'
-    assert [each["tokens_per_s"] for each in peers_llama.parse("decode-16", batched)] == [[53.4]]
+    assert [each["tokens_per_s"] for each in peers_llama.parse("decode-16", f"{batched}\n{batched}")] == [[53.4, 53.4]]
 
 
 def test_a_run_is_not_continued_on_another_set_up(tmp_path):
@@ -174,9 +175,9 @@ def test_our_worker_measures_what_it_says(tmp_path):
     model = Model(CONFIG)
     model.init_weights(0)
     save(model.to(torch.bfloat16), None, tmp_path / "tiny")
-    options = SimpleNamespace(checkpoint=tmp_path / "tiny", form="bfloat16")
+    options = SimpleNamespace(checkpoint=tmp_path / "tiny", form="bfloat16", repeats=2)
     loaded: dict = {}
-    for what, count in (("decode-2", 1), ("prefill-40", 3)):
+    for what, count in (("decode-2", 2), ("prefill-40", 6)):
         found = peers_worker.finback(options, what, loaded)
         assert len(found["tokens_per_s"]) == count and min(found["tokens_per_s"]) > 0
 
