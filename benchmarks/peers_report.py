@@ -92,15 +92,22 @@ class Figure:
         return None if self.limit is None else self.median / self.limit
 
 
-def limits(log: Log) -> tuple[float, float] | None:
-    """The most bytes/s and FLOP/s that any round measured: a limit is not the median of its measurements."""
+Machine = tuple[float, dict[str, float]]
+"""Bytes/s, and FLOP/s by the form of the weights."""
+
+
+def limits(log: Log) -> Machine | None:
+    """The most that any round measured: a limit is not the median of its measurements."""
     found = [line for line in log if line["peer"] == "machine" and "error" not in line]
-    return (max(line["read"] for line in found), max(line["product"] for line in found)) if found else None
+    if not found:
+        return None
+    products = {form: max(line["product"][form] for line in found) for form in found[0]["product"]}
+    return max(line["read"] for line in found), products
 
 
-def least_s(config: Config, what: str, weight_bytes: float, machine: tuple[float, float]) -> float:
+def least_s(config: Config, what: str, form: str, weight_bytes: float, machine: Machine) -> float:
     """Seconds of a step (decode-B, in the middle of what is timed) or of a prompt (prefill-N) on an ideal machine."""
-    needed = Needed(config, 2, None, *machine, weight_bytes)
+    needed = Needed(config, 2, None, machine[0], machine[1][form], weight_bytes)
     kind, count = what.split("-")
     if kind == "prefill":
         return needed.prefill_s(int(count), 0)
@@ -116,7 +123,7 @@ def figures(log: Log, config: Config) -> dict[Key, Figure]:
             found.setdefault((each["what"], each["form"], each["peer"]), []).append(each)
     known, result = limits(log), {}
     for key, lines in found.items():
-        least = None if known is None else least_s(config, key[0], lines[0]["weight_bytes"], known)
+        least = None if known is None else least_s(config, key[0], key[1], lines[0]["weight_bytes"], known)
         result[key] = Figure(
             {each["round"]: median(each["tokens_per_s"]) for each in lines},
             [value for each in lines for value in each["tokens_per_s"]],
@@ -181,7 +188,8 @@ def report(setup: dict[str, Any], config: Config, log: Log, missing: dict[str, s
     lines = [f"# {setup['model']}: Finback beside its peers", ""]
     lines.append(f"{setup['processor']}, {setup['threads']} threads, {len(rounds)} rounds; {_features(setup)}.")
     if known is not None:
-        lines.append(f"It reads {known[0] / 1e9:.1f} GB/s and multiplies {known[1] / 1e12:.3f} TFLOP/s in bfloat16.")
+        products = ", ".join(f"{value / 1e12:.3f} ({form})" for form, value in known[1].items())
+        lines.append(f"It reads {known[0] / 1e9:.1f} GB/s; TFLOP/s of its products: {products}.")
     if setup["kernels"]:
         lines.append(f"Finback is held to its {setup['kernels']} path.")
     lines += [f"Left out: {name} ({why})." for name, why in missing.items()]
@@ -220,9 +228,9 @@ def _later(error: dict[str, Any], log: Log) -> bool:
 
 def line(found: dict[str, Any]) -> str:
     """One measurement, for who watches."""
-    name = f"round {found['round']} {found['peer']} {found['form']} {found['what']}"
+    name = " ".join(f"round {found['round']} {found['peer']} {found['form']} {found['what']}".split())
     if "error" in found:
         return f"{name}: {found['error']}"
     if "read" in found:
-        return f"{name}: {found['read'] / 1e9:.1f} GB/s, {found['product'] / 1e12:.3f} TFLOP/s"
+        return f"{name}: {found['read'] / 1e9:.1f} GB/s, {found['product']['bfloat16'] / 1e12:.3f} TFLOP/s"
     return f"{name}: {spread(found['tokens_per_s'])} tokens/s"

@@ -186,15 +186,16 @@ def vllm(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, Any]
 
 
 def machine(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, Any]:
-    """Bytes/s that this machine reads, over as many as the checkpoint has, and its bfloat16 FLOP/s."""
+    """Bytes/s that this machine reads, over as many as the checkpoint has, and its FLOP/s for each form of weights."""
     import torch
 
     from finback.evaluate.limits import machine_limits
 
     size = sum(file.stat().st_size for file in options.checkpoint.glob("*.safetensors"))
     limits = machine_limits(4.0, size=min(512 << 20, size))
+    products = dict.fromkeys(("bfloat16", "int8", "int4"), limits.matmul_bf16.best)
     read = max(limits.read.best, limits.gemv_bf16.best)
-    return {"read": read, "product": limits.matmul_bf16.best, "version": torch.__version__}
+    return {"read": read, "product": products, "version": torch.__version__}
 
 
 PEERS: dict[str, Callable[[argparse.Namespace, str, dict], dict[str, Any]]] = {

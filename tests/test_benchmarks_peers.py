@@ -20,7 +20,7 @@ import peers_worker
 
 from finback import UserError
 from finback.model import Config, Model
-from finback.model.sizes import bytes_read
+from finback.model.sizes import bytes_read, flops_per_token
 from finback.weights import gguf_file, load_tokenizer, save
 
 CONFIG = Config(
@@ -29,7 +29,8 @@ CONFIG = Config(
     first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
 )  # fmt: skip
 SETUP = {"model": "M", "processor": "Some CPU", "cpu_flags": ["avx2"], "threads": 2, "kernels": None}
-LIMITS = {"round": 1, "peer": "machine", "form": "", "what": "limits", "read": 1e9, "product": 1e12}
+PRODUCTS = {"bfloat16": 1e12, "int8": 2e12, "int4": 2e12}
+LIMITS = {"round": 1, "peer": "machine", "form": "", "what": "limits", "read": 1e9, "product": PRODUCTS}
 
 
 def line(number: int, peer: str, *values: float, what: str = "decode-1", form: str = "bfloat16") -> dict:
@@ -112,6 +113,16 @@ def test_the_share_is_that_of_reading_weights_and_cache():
     found = peers_report.figures([LIMITS, line(1, "finback", 20.0, what="decode-4")], CONFIG)
     cache = 4 * (512 + 64 // 2) * 3 * (32 + 8) * 2  # rows, depth in the middle, layers, latent and rope, bytes
     assert found["decode-4", "bfloat16", "finback"].limit == pytest.approx(4 * 1e9 / (1e7 + cache))
+
+
+def test_the_share_of_a_long_prompt_is_that_of_its_arithmetic():
+    log = [LIMITS | {"read": 1e15}]
+    log += [line(1, "finback", 20.0, what="prefill-500", form=form) for form in ("bfloat16", "int8")]
+    found = peers_report.figures(log, CONFIG)
+    head = 2 * 512 * 64
+    flops = 500 * (flops_per_token(CONFIG, 250) - head) + head  # the last token alone meets the head
+    for form in ("bfloat16", "int8"):
+        assert found["prefill-500", form, "finback"].limit == pytest.approx(500 / (flops / PRODUCTS[form]))
 
 
 def test_goals_say_what_is_reached():
