@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -170,6 +171,7 @@ class Run:
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
+            "PYTHONSAFEPATH": "1",  # transformers would take kernels.py beside the worker for a package it knows
         }
         if self.options.kernels is not None:
             own["FINBACK_KERNELS"] = self.options.kernels
@@ -259,7 +261,7 @@ def measure(options: argparse.Namespace) -> None:
         this.gguf(form)  # made before anything is measured
     jobs = left(planned(peers, options.forms, options.what, options.rounds), log)
     total = sum(guess(job, log) for job in jobs)
-    print(f"{len(jobs)} measurements to take, about {total / 60:.0f} minutes", file=sys.stderr)
+    print(f"{len(jobs)} measurements to take, about {ceil(total / 60)} minutes", file=sys.stderr)
     with bar(total, options.model) as progress:
         for job in jobs:
             expected = guess(job, log)
@@ -302,6 +304,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what runs is ended too
     try:
         measure(options)
     except UserError as error:

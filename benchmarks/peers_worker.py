@@ -192,8 +192,10 @@ def machine(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, A
     from finback.evaluate.limits import machine_limits
 
     size = sum(file.stat().st_size for file in options.checkpoint.glob("*.safetensors"))
-    limits = machine_limits(4.0, size=min(512 << 20, size))
-    products = dict.fromkeys(("bfloat16", "int8", "int4"), limits.matmul_bf16.best)
+    slow = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"  # below AVX-512 torch's bfloat16 products are emulated
+    limits = machine_limits(4.0, size=min(512 << 20, size), side=512 if slow else 2048)
+    best = max(limits.matmul_bf16.best, limits.matmul_fp32.best)  # float32 holds them all, where nothing else is fast
+    products = dict.fromkeys(("bfloat16", "int8", "int4"), best)
     read = max(limits.read.best, limits.gemv_bf16.best)
     return {"read": read, "product": products, "version": torch.__version__}
 

@@ -173,6 +173,39 @@ def test_a_process_that_hangs_is_stopped_with_its_children(tmp_path):
     assert not running(child)
 
 
+def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    save(Model(CONFIG).to(torch.bfloat16), None, tmp_path / "tiny")
+    ran = []
+
+    def command(run, job):
+        ran.append((job.peer, job.what))
+        lines = [{"what": what, "tokens_per_s": [2.0, 4.0], "version": "1"} for what in job.what]
+        if job.peer == "machine":
+            lines = [LIMITS | {"version": "1"}]
+        if job.peer == "transformers" and len(ran) < 9:
+            return ["sh", "-c", "echo out of memory; exit 3"]
+        return ["printf", "%s\\n", "loading", *map(json.dumps, ({"what": each.pop("what")} | each for each in lines))]
+
+    monkeypatch.setattr(peers.Run, "_command", command)
+    monkeypatch.setattr(peers, "absent", lambda options: {"vllm": "no --vllm-python"})
+    out = tmp_path / "out"
+    words = ["--model", "tiny", "--checkpoints", str(tmp_path), "--work", str(tmp_path / "work"), "--out", str(out)]
+    words += ["--peers", "finback", "transformers", "vllm", "--forms", "bfloat16", "--what", "decode-1", "prefill-9"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *words, "--rounds", "1"])
+    peers.main()
+    first = (out / "report.md").read_text()
+    assert "failed: transformers bfloat16 decode-1: ended with 3" in first and "Left out: vllm" in first
+    assert "out of memory" in (out / "raw" / "round-1-transformers-bfloat16-decode-1.log").read_text()
+    done = len(ran)
+    ran += [("", ())] * 9
+    peers.main()
+    assert [peer for peer, _ in ran[done + 9 :]] == ["transformers", "transformers"]
+    second = (out / "report.md").read_text()
+    assert "failed" not in second and "| 1.00 (1.00 – 1.00)x |" in second and "| 3.0 (2.0 – 4.0) |" in second
+    peers.main()
+    assert len(ran) == done + 11 and capsys.readouterr().out.endswith(second + "\n")
+
+
 def test_bytes_of_a_gguf_file_are_those_of_its_tensors(tmp_path):
     tokenizer = load_tokenizer("calf")
     config = replace(CONFIG, vocab_size=tokenizer.vocab_size)
