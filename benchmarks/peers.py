@@ -43,7 +43,7 @@ PEERS = ("finback", "transformers", "transformers-compiled", "llama.cpp", "vllm"
 FORMS = ("bfloat16", "int8", "int4")
 WHAT = ("decode-1", "decode-16", "prefill-512", "prefill-4096")
 CONTEXT = 8192
-GUESS = {"machine": 8, "finback": 15, "transformers": 60, "transformers-compiled": 200, "llama.cpp": 40, "vllm": 75}
+GUESS = {"machine": 6, "finback": 24, "transformers": 60, "transformers-compiled": 200, "llama.cpp": 50, "vllm": 70}
 """Seconds of a measurement, until one like it was taken."""
 BELOW_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
