@@ -47,9 +47,12 @@ def file_of(checkpoint: Path, form: str, folder: Path, tools: Path) -> Path:
 
 
 def command(what: str, file: Path, tools: Path, threads: int, times: int = 1) -> list[str]:
-    """llama-bench for one sequence, llama-batched-bench for several."""
+    """llama-bench for one sequence, llama-batched-bench for several; weights in memory of their own, not mapped.
+
+    So that they lie in huge pages, as ours do: a mapped file cannot.
+    """
     kind, count = what.split("-")
-    base = ["-m", str(file), "-fa", "1", "-t", str(threads)]
+    base = ["-m", str(file), "-fa", "1", "-t", str(threads), "-lm", "none"]
     if kind == "decode" and count != "1":
         room = int(count) * 1024
         sizes = ["-c", str(room), "-npp", str(DEPTH), "-ntg", str(tokens(what)), "-npl", ",".join([count] * times)]
