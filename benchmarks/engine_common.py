@@ -18,14 +18,16 @@ def keep_memory() -> None:
 
 
 def with_context(checkpoint: Path, context: int, folder: Path) -> Path:
-    """A copy of the checkpoint's config.json with a larger context, its weights linked."""
+    """A copy of the checkpoint's config.json with a larger context, its other files linked; packs are not."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in checkpoint.iterdir():
         target = folder / file.name
         if file.name == "config.json":
-            settings = json.loads(file.read_text()) | {"max_position_embeddings": context}
-            target.write_text(json.dumps(settings))
-        elif not target.exists():
+            text = json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": context})
+            if not target.exists() or target.read_text() != text:  # packs are known by its time
+                target.write_text(text)
+        elif file.is_file() and not (target.exists() and target.samefile(file)):
+            target.unlink(missing_ok=True)
             os.link(file, target)
     return folder
 
