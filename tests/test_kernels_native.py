@@ -228,6 +228,18 @@ def test_attention_of_a_block(path, settings):
     assert torch.equal(cache.storage[0].float(), twin.storage[0])
 
 
+@PATHS
+@pytest.mark.parametrize("settings", [{"qk_nope_head_dim": 7}, {}], ids=str)
+def test_a_whole_model_without_a_cache(path, settings):
+    """Also with heads of an odd size, whose blocks are not fused: their matrices are in panels all the same."""
+    _, plain, fused = blocks(path, **settings)
+    assert all((block.fused is None) == bool(settings) for block in fused.decoder.layers.values())
+    ids = tokens(2, 12)
+    chosen: dict = {}
+    expected = plain(ids, routing=chosen)
+    near(fused(ids, routing=dict(chosen)), expected, 2**-4)
+
+
 def test_paths_are_named(monkeypatch):
     assert native.supported()[-1] == "torch"
     for wrong in ("sse", "AVX2"):

@@ -15,6 +15,8 @@ from finback.model.linear import MLP, RMSNorm
 from finback.model.moe import MoE, Routing
 from finback.model.weight import DenseWeight, PackedWeight, PanelWeight, Weight
 
+_LARGEST = 1024  # numbers of a head, or of a latent's roped key, that kernels have room for
+
 
 def lay_out(model: nn.Module) -> bool:
     """Put every bfloat16 or packed matrix of a model on the CPU into panels, one at a time; fuse its blocks.
@@ -62,10 +64,13 @@ class Fused:
 
     @classmethod
     def of(cls, block: Block) -> "Fused | None":
-        """None where a matrix of the block is not in panels, or its kinds are mixed."""
+        """None where a matrix of the block is not in panels, their forms differ, or a head has an odd size."""
         weights = [module for module in block.modules() if isinstance(module, Weight)]
         alike = len({(type(weight), weight.form) for weight in weights}) == 1
-        return cls(block) if alike and isinstance(weights[0], PanelWeight) else None
+        config = block.self_attn.config
+        sizes = [config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.query_dim]
+        even = all(size is None or size % 2 == 0 for size in sizes) and config.query_dim <= _LARGEST
+        return cls(block) if alike and even and isinstance(weights[0], PanelWeight) else None
 
     def takes(self, x_BTD: Tensor) -> bool:
         """Whether the calls below do what is asked."""
