@@ -50,6 +50,19 @@ def find(level: str | None = None) -> tuple[str, ModuleType | None]:
     return "torch", None
 
 
+def missing() -> dict[str, str]:
+    """The paths that this processor can take and that cannot be loaded, the best first, and why not."""
+    found = {}
+    for each in supported()[:-1]:
+        try:
+            importlib.import_module(f"finback.kernels._{each}")
+        except ModuleNotFoundError:
+            found[each] = "not built"
+        except ImportError as error:
+            found[each] = str(error)
+    return found
+
+
 _level: tuple[str, ModuleType | None] | None = None
 
 
