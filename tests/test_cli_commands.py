@@ -21,6 +21,7 @@ COMMANDS = [
     ["convert"],
     ["doctor"],
     ["bench"],
+    ["bench", "machine"],
     ["tasks", "list"],
     ["tasks", "sample"],
 ]

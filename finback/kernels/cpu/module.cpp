@@ -18,6 +18,8 @@
 #include "feed_forward.h"
 #include "latent.h"
 
+#include "limits.h"
+
 namespace nb = nanobind;
 using namespace finback;
 
@@ -103,6 +105,22 @@ void bind_latent(nb::module_& m) {
     address(bound, "kv_norm", &Latent::kv_norm);
 }
 
+void bind_limits(nb::module_& m) {
+    nb::call_guard<nb::gil_scoped_release> released;
+    m.def("empty", [](uintptr_t, i64, int) {}, released);
+    m.def("meet", [](i64 barriers, int threads) { meet(barriers, threads); }, released);
+    m.def(
+        "read", [](uintptr_t memory, i64 floats, int threads) { return read(at<float>(memory), floats, threads); },
+        released);
+    m.def(
+        "peak",
+        [](int form, i64 steps, int threads) { return by_all(threads, [&] { return peak(Form(form), steps); }); },
+        released);
+    m.def(
+        "float_peak", [](i64 steps, int threads) { return by_all(threads, [&] { return float_rounds(steps); }); },
+        released);
+}
+
 }  // namespace
 
 NB_MODULE(FINBACK_MODULE, m) {
@@ -118,4 +136,5 @@ NB_MODULE(FINBACK_MODULE, m) {
         nb::call_guard<nb::gil_scoped_release>());
     bind_feed_forward(m);
     bind_latent(m);
+    bind_limits(m);
 }
