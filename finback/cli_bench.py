@@ -97,7 +97,7 @@ def machine(
     seconds: Annotated[float, typer.Option(min=0, max=3600, help="About how long to measure.")] = 10.0,
     json: Json = False,
 ) -> None:
-    """The limits of this machine, and what the calls that models make reach of them.
+    """The limits of this machine, and what real calls reach of them.
 
     Limits: memory larger than the caches, read by all threads; what the instructions of the compiled kernels multiply
     in registers; torch's own square products. Calls: a matrix larger than the caches times one row, as for every token

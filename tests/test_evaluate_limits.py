@@ -128,6 +128,14 @@ def test_memory_is_larger_than_the_caches_and_fits(monkeypatch):
     assert len(ordinary_memory(1)) == 16 * 2 * 4096  # never too little for a panel
 
 
+def test_the_largest_cache_is_the_one_that_counts(tmp_path):
+    assert machine.cache(tmp_path) == 0
+    for index, size in enumerate(("32K\n", "1024K\n", "480M\n", "")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size)
+    assert machine.cache(tmp_path) == 480 * MIB
+
+
 def test_the_limit_is_the_best_that_can_hold_the_numbers():
     def made(**peaks: float) -> Limits:
         rates = [Rate(best, 1.0) for best in (20.0, 25.0, 10.0, 40.0)]
