@@ -5,15 +5,15 @@
 Reference: the checkpoint's own bfloat16 numbers, computed in float32. Formats run as they are served, through the
 native kernels; int4 also with its scales by plain rounding to nearest. calf: worked replies to held-out problems of
 every task (bits per byte of the reply, and KL at each of its tokens), and greedy pass@1 on other held-out problems.
-(M), whose weights are random: KL at every position of random tokens. Intervals: 95 %, bootstrap over problems (calf) or
-positions (M); differences from BF16 are paired, on the same problems.
+(M), whose weights are random: KL at every position of random tokens, of the logits as served, of the same with the
+reference's choice of experts replayed, and of the stored numbers alone, computed in float32. Intervals: 95 %, bootstrap
+over problems (calf) or positions (M); differences from BF16 are paired, on the same problems.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from finback.engine import Engine
 from finback.evaluate import evaluate
 from finback.kernels import native
 from finback.kernels.quantise import FORMATS, Int4, _int4_codes
+from finback.machine import read
 from finback.model.weight import DenseWeight
 from finback.paths import PACKAGE
 from finback.tasks import TASKS, sample
@@ -56,11 +57,12 @@ class Nearest(Int4):
 SCALES = {"int4, largest / 7": Nearest(7.0), "int4, largest / -8": Nearest(-8.0)}
 SERVED = {"BF16": None, "FP8 128 x 128": "fp8", "int8 by row": "int8", "int4, scale search": "int4"}
 NAMES = (*SERVED, *SCALES)
+PLAIN = "BF16, plain torch"
 
 
 @contextmanager
-def loaded(folder: Path, name: str) -> Iterator[Any]:
-    """A model as it is served in a format, its pack in a folder that is thrown away."""
+def loaded(folder: Path, name: str, dtype: str = "bfloat16") -> Iterator[Any]:
+    """A model in a format, in bfloat16 as it is served; its pack in a folder that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="quality-") as place:
         for file in folder.iterdir():
             if file.is_file():
@@ -70,10 +72,12 @@ def loaded(folder: Path, name: str) -> Iterator[Any]:
                     shutil.copy(file, place)
         search = FORMATS["int4"]
         FORMATS["int4"] = SCALES.get(name, search)
+        native.use("torch" if name == PLAIN else None)
         try:
-            yield finback.load(place, "bfloat16", quantize=SERVED.get(name, "int4"))
+            yield finback.load(place, dtype, quantize=None if name == PLAIN else SERVED.get(name, "int4"))
         finally:
             FORMATS["int4"] = search
+            native.use(None)
 
 
 def interval(values: np.ndarray, statistic) -> tuple[float, float, float]:
@@ -161,11 +165,19 @@ def calf(texts: int, problems: int) -> dict[str, Any]:
     return log
 
 
+Choices = list[dict[int, torch.Tensor]]
+
+
 @torch.inference_mode()
-def logits_of(model: Any, sequences: int, tokens: int) -> torch.Tensor:
-    """[positions, V] of random tokens."""
-    ids = [random_ids(tokens, model.config.vocab_size, seed) for seed in range(sequences)]
-    return torch.cat([model(torch.tensor([each]))[0] for each in ids])
+def logits_of(model: Any, sequences: int, tokens: int, choices: Choices) -> torch.Tensor:
+    """[positions, V] of random tokens; the choice of experts is replayed from `choices`, or written there."""
+    found = []
+    for seed in range(sequences):
+        ids = torch.tensor([random_ids(tokens, model.config.vocab_size, seed)])
+        if len(choices) == seed:
+            choices.append({})
+        found.append(model(ids, routing=choices[seed])[0])
+    return torch.cat(found)
 
 
 def matrices(model: Any, most: int) -> Iterator[torch.Tensor]:
@@ -190,15 +202,25 @@ def errors(model: Any, most: int) -> dict[str, Any]:
 
 def large(checkpoint: Path, sequences: int, tokens: int) -> dict[str, Any]:
     model = finback.load(checkpoint, "float32")
-    log: dict[str, Any] = {"errors": errors(model, 40)}
-    exact = logits_of(model, sequences, tokens)
+    choices: Choices = []
+    exact = logits_of(model, sequences, tokens, choices)
+    log: dict[str, Any] = {"errors": errors(model, 40), "served": {}, "replayed": {}, "numbers": {}}
     del model
-    for name in NAMES:
+
+    def compare(kind: str, name: str, model: Any, chosen: Choices) -> None:
+        kl, same = divergence(exact, logits_of(model, sequences, tokens, chosen))
+        log[kind][name] = kl_figures(kl.numpy(), same.numpy())
+        print(checkpoint.name, kind, name, log[kind][name], flush=True)
+
+    for name in (PLAIN, *NAMES):
         with loaded(checkpoint, name) as model:
-            kl, same = divergence(exact, logits_of(model, sequences, tokens))
+            compare("served", name, model, [])
+            compare("replayed", name, model, choices)
         del model
-        log[name] = kl_figures(kl.numpy(), same.numpy())
-        print(checkpoint.name, name, log[name], flush=True)
+        if name not in (PLAIN, "BF16"):
+            with loaded(checkpoint, name, "float32") as model:
+                compare("numbers", name, model, [])
+            del model
     return log
 
 
@@ -224,25 +246,33 @@ def report(log: dict[str, Any]) -> list[str]:
         row = calf_log[name]
         bits = f"{span(row['bits_per_byte'])} | {span(row['more_bits'], 5, '+')} | {row['perplexity']:.4f}"
         lines.append(f"| {name} | {bits} | {span(row['right'])} | {span(row['more_right'], 4, '+')} |")
-    titles = {"calf": "calf, at every token of the replies"}
+    tables = {"calf, at every token of the replies, as served": calf_log}
     if "M" in log:
-        titles["M"] = f"{args['checkpoint']}, random weights, {args['sequences']} x {args['tokens']} random tokens"
-    for key, title in titles.items():
+        title = f"{args['checkpoint']}, random weights, {args['sequences']} x {args['tokens']} random tokens"
+        tables[f"{title}, as served"] = log["M"]["served"]
+        tables["the same with the reference's choice of experts replayed"] = log["M"]["replayed"]
+        tables["the same of the stored numbers alone, computed in float32"] = log["M"]["numbers"]
+    for title, rows in ((title, rows) for title, rows in tables.items() if rows):
         lines += ["", f"Divergence from the same BF16 numbers in float32: {title}", ""]
-        lines += [
-            "| weights | KL, mean, nats | median | 99th percentile | likeliest token the same |",
-            "|---|---|---|---|---|",
-        ]
-        for name in NAMES:
-            row = log[key][name]
-            figures = f"{small(row['kl_mean'])} | {row['kl_median']:.2e} | {small(row['kl_p99'])} | {row['same']:.1%}"
+        lines += ["| weights | KL, mean, nats | median | 99th percentile | likeliest token the same |"]
+        lines += ["|---|---|---|---|---|"]
+        for name in (name for name in (PLAIN, *NAMES) if name in rows):
+            row = rows[name]
+            figures = f"{small(row['kl_mean'])} | {row['kl_median']:.2e} | {small(row['kl_p99'])} | {row['same']:.2%}"
             lines.append(f"| {name} | {figures} |")
     lines += ["", "Mean squared error of the stored numbers, over their mean square", ""]
-    keys = [key for key in ("calf", "M") if key in log]
-    lines += [f"| weights | {' | '.join(keys)} |", "|---|" + "---|" * len(keys)]
+    keys = {"calf": "calf"} | ({"M": args["checkpoint"]} if "M" in log else {})
+    lines += [f"| weights | {' | '.join(keys.values())} |", "|---|" + "---|" * len(keys)]
     for name in log["calf"]["errors"]:
         lines.append(f"| {name} | {' | '.join(format(log[key]['errors'][name], '.3e') for key in keys)} |")
-    return [*lines, "", f"Command: `{log['command']}`; torch {log['torch']}, {log['processor']}."]
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(log["commands"].values()))
+    return [*lines, "", f"Commands: {commands}; torch {log['torch']}, {log['processor']}."]
+
+
+def machine() -> str:
+    """The processor's name, as the system gives it."""
+    lines = (line.partition(":") for line in read("/proc/cpuinfo").splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == "model name"), "unknown processor")
 
 
 def main() -> None:
@@ -252,17 +282,26 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=100, help="problems of each task to answer")
     parser.add_argument("--sequences", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--part", nargs="+", choices=("calf", "M"), default=["calf", "M"], help="others stay as in --out"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/kernels/quality"))
     args = parser.parse_args()
     shown = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"}
-    options = " ".join(f"--{key} {value}" for key, value in shown.items() if value is not None)
-    log: dict[str, Any] = {
-        "command": f"python benchmarks/quality.py {options} --out results/kernels/quality",
-        "arguments": shown, "path": native.level(), "torch": torch.__version__, "processor": platform.machine(),
-    }  # fmt: skip
-    log["calf"] = calf(args.texts, args.problems) | {"errors": errors(finback.load("calf", "float32"), 1000)}
-    if args.checkpoint is not None:
+    given = shown | {"part": " ".join(args.part)}
+    options = " ".join(f"--{key} {value}" for key, value in given.items() if value is not None)
+    before = args.out.with_suffix(".json")
+    log: dict[str, Any] = json.loads(before.read_text()) if set(args.part) < {"calf", "M"} else {"commands": {}}
+    log |= {"path": native.level(), "torch": torch.__version__, "processor": machine()}
+    for part in args.part:
+        log["commands"][part] = f"python benchmarks/quality.py {options} --out results/kernels/{args.out.name}"
+    if "calf" in args.part:
+        log["calf"] = calf(args.texts, args.problems) | {"errors": errors(finback.load("calf", "float32"), 1000)}
+        log["arguments"] = log.get("arguments", {}) | {key: shown[key] for key in ("texts", "problems")}
+    if "M" in args.part and args.checkpoint is not None:
         log["M"] = large(args.checkpoint, args.sequences, args.tokens)
+        chosen = ("checkpoint", "sequences", "tokens")
+        log["arguments"] = log.get("arguments", {}) | {key: shown[key] for key in chosen}
     write(args.out, "\n".join(report(log)), log)
 
 
