@@ -268,8 +268,9 @@ def evaluate(
     terminal.table(columns, [(name, s["n"], *(f"{s[key]:.3f}" for key in columns[2:])) for name, s in scores])
 
 
-for command in (*cli_models.COMMANDS, cli_bench.bench):
+for command in cli_models.COMMANDS:
     app.command()(command)
+app.add_typer(cli_bench.app, name="bench")
 
 
 @app.command()

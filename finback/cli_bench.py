@@ -1,6 +1,7 @@
 """`finback bench`: how fast a model runs here, beside what this machine allows."""
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +23,8 @@ from finback.errors import UserError
 from finback.paths import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from finback.evaluate.limits import Limits
+    from finback.evaluate.calls import Call, Overheads
+    from finback.evaluate.limits import Limits, Rate
     from finback.evaluate.roofline import Needs, Shares
     from finback.evaluate.speed import Load, Percentiles, Result
 
@@ -30,8 +32,12 @@ _OPEN_REQUESTS = 32
 _LIMITS_S = 2.0  # for measuring the machine
 _QUIET = 1.25  # best over median: above, somebody else uses the machine
 
+app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None)
 
+
+@app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     model: Model = DEFAULT_MODEL,
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,...", help="Closed loops: so many requests in flight at a time.")
@@ -62,6 +68,8 @@ def bench(
 
     Example: finback bench --concurrency 1,8 --rate 2
     """
+    if context.invoked_subcommand is not None:
+        return _check_alone(context)
     from finback.about import default_dtype
     from finback.engine import Options
     from finback.weights.reader import read_config
@@ -70,9 +78,9 @@ def bench(
     shape = {"prompt_tokens": lengths, "max_tokens": max_tokens, "shared_tokens": shared_tokens, "seed": seed}
     counts = _counts(concurrency)
     loads = _loads(counts, rate, requests, shape)
-    context = read_config(model)[1].max_position_embeddings
+    positions = read_config(model)[1].max_position_embeddings
     for load in loads:
-        load.check_context(context)
+        load.check_context(positions)
     how = {"dtype": dtype or default_dtype(model), "quantize": quantize, "expert_memory": expert_bytes(expert_memory)}
     room = max(counts) * (lengths[1] + max_tokens)
     options = Options(speculate=speculate, cache_format=cache_format)
@@ -82,6 +90,48 @@ def bench(
         terminal.print_json(settings | _report(limits, needs, results))
         return
     _show(limits, needs, results)
+
+
+@app.command()
+def machine(
+    seconds: Annotated[float, typer.Option(min=0, max=3600, help="About how long to measure.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """The limits of this machine, and what real calls reach of them.
+
+    Limits: memory larger than the caches, read by all threads; what the instructions of the compiled kernels multiply
+    in registers; torch's own square products. Calls: a matrix larger than the caches times one row, as for every token
+    that is generated, and a smaller one times 512, as for a prompt; share is the best rate beside the limit.
+
+    Example: finback bench machine --seconds 5
+    """
+    from finback.evaluate import calls
+    from finback.progress import bar
+
+    # A bar that is drawn more often would take time from what is measured.
+    with bar(calls.count(), "measurements", per_second=1) as progress:
+        found = calls.report(seconds, done=progress.advance)
+    if json:
+        from dataclasses import asdict
+
+        reached = [asdict(call) | {"share": call.share} for call in found.calls]
+        terminal.print_json(asdict(found) | {"calls": reached})
+        return
+    _show_limits(found.limits)
+    print()
+    terminal.table(*_reached(found.calls))
+    print()
+    terminal.table(("before a call does anything", "best, us", "median, us"), _overheads(found.overheads))
+    _note_noise([*_rates(found.limits), *(call.rate for call in found.calls)])
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Raises UserError where options of the loads stand before the name of another command."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        option, command = given[0].replace("_", "-"), context.invoked_subcommand
+        raise UserError(f"--{option} before {command}: options of `finback bench {command}` come after its name")
 
 
 def _measure(
@@ -146,16 +196,50 @@ def _show(limits: "Limits", needs: "Needs", results: "list[tuple[Result, Shares]
     print()
     terminal.table(*_beside(needs, results))
     print()
+    _show_limits(limits)
+    _note_noise(_rates(limits))
+
+
+def _show_limits(limits: "Limits") -> None:
     rates = {
         "memory, read": (limits.read, "GB/s"),
         "memory, one row times bfloat16": (limits.gemv_bf16, "GB/s"),
         "product, float32": (limits.matmul_fp32, "GFLOP/s"),
         "product, bfloat16": (limits.matmul_bf16, "GFLOP/s"),
-    }
-    machine = [(name, _number(r.best / 1e9), _number(r.median / 1e9), unit) for name, (r, unit) in rates.items()]
-    terminal.table((f"this machine, threads: {limits.threads}", "best", "median", "unit"), machine)
-    if max(rate.best / rate.median for rate, _ in rates.values()) > _QUIET:
+    } | {f"registers, {kind}": (found, "GFLOP/s") for kind, found in limits.peaks.items()}
+    rows = [(name, _number(r.best / 1e9), _number(r.median / 1e9), unit) for name, (r, unit) in rates.items()]
+    terminal.table((f"this machine, {limits.path}, threads: {limits.threads}", "best", "median", "unit"), rows)
+
+
+def _rates(limits: "Limits") -> "list[Rate]":
+    return [limits.read, limits.gemv_bf16, limits.matmul_fp32, limits.matmul_bf16, *limits.peaks.values()]
+
+
+def _note_noise(rates: "list[Rate]") -> None:
+    if max(rate.best / rate.median for rate in rates) > _QUIET:
         terminal.note("(best and median are far apart: somebody else uses this machine)")
+
+
+def _reached(calls: "list[Call]") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The calls beside their limits."""
+    rows = []
+    for call in calls:
+        name = f"{call.by}, {call.form}, {call.rows} row{'s' if call.rows > 1 else ''}"
+        rates = (_number(rate / 1e9) for rate in (call.rate.best, call.rate.median, call.limit))
+        rows.append((name, *rates, "GB/s" if call.rows == 1 else "GFLOP/s", _percent(call.share)))
+    return ("call", "best", "median", "limit", "unit", "share"), rows
+
+
+def _overheads(overheads: "Overheads") -> Iterator[tuple[str, ...]]:
+    names = {
+        "torch": "torch, add of 8 numbers",
+        "native": "native, nothing to do",
+        "team": "native, a team of threads",
+        "barrier": "a barrier of the team",
+    }
+    for key, name in names.items():
+        if (rate := getattr(overheads, key)) is not None:
+            yield name, *(f"{1e6 / calls:.2f}" for calls in (rate.best, rate.median))
 
 
 def _beside(needs: "Needs", results: "list[tuple[Result, Shares]]") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -1,18 +1,26 @@
 """What this machine has, what is missing, and what to do about it."""
 
 import importlib.util
+import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import finback
 from finback import machine
-from finback.paths import PACKAGE, home, installed
+from finback.errors import UserError
+from finback.paths import home, installed
 
 _FEATURES = {"avx2": "avx2", "avx512": "avx512f", "amx": "amx_tile", "neon": "asimd"}
 _GIB = 2**30
+_BUILD = (
+    "install a C++ compiler with OpenMP (g++, clang) and build: FINBACK_REQUIRE_NATIVE=1 pip install --force-reinstall "
+    "--no-deps --no-binary finback finback (in a checkout: --no-deps -e .); the variable shows why a build fails"
+)
 
 
 def examine() -> dict[str, Any]:
@@ -31,7 +39,7 @@ def examine() -> dict[str, Any]:
         "home": str(home()),
         "disk_free": _disk_free(home()),
         "models": [name for name, _folder in installed()],
-        "native_kernels": any(p.suffix in (".so", ".pyd") for p in (PACKAGE / "kernels").rglob("*")),
+        **_kernels(),
     }
     return {**facts, "advice": list(_advice(facts))}
 
@@ -47,6 +55,38 @@ def _torch() -> dict[str, Any]:
     return {"torch": torch_version, "threads": torch.get_num_threads(), "gpus": gpus}
 
 
+def _kernels() -> dict[str, Any]:
+    """The path that runs, those that this processor could take, the best first, and those that do not load."""
+    facts: dict[str, Any] = {"kernels": None, "kernels_possible": [], "kernels_missing": [], "kernels_forced": None}
+    if importlib.util.find_spec("torch") is None:
+        return facts
+    from finback.kernels import native
+
+    missing = [f"{path}: {why}" for path, why in native.missing().items()]
+    forced = os.environ.get(native.VARIABLE) or None
+    facts |= {"kernels_possible": native.supported(), "kernels_missing": missing, "kernels_forced": forced}
+    with suppress(UserError):  # where the forced path cannot be taken nothing runs
+        facts["kernels"] = native.find(forced)[0]
+    return facts
+
+
+def _kernel_advice(facts: dict[str, Any]) -> Iterator[str]:
+    runs, possible, missing, forced = (facts[f"kernels{name}"] for name in ("", "_possible", "_missing", "_forced"))
+    if not possible:
+        return
+    there = [path for path in possible if path not in {line.partition(":")[0] for line in missing}]
+    if runs is None:
+        yield f"FINBACK_KERNELS={forced} cannot be taken here: unset it, or set one of {', '.join(there)}"
+    elif runs != there[0]:
+        yield f"FINBACK_KERNELS={forced} forces a slower path than {there[0]}: unset it"
+    if possible == ["torch"]:
+        yield "This processor has neither AVX-512 BF16 nor AVX2: plain PyTorch computes everything, correct and slower"
+    better = missing[: possible.index(there[0])]
+    if better:
+        lost = f"{there[0]} takes their place, correct and slower"
+        yield f"Native kernels are absent ({'; '.join(better)}), {lost}: {_BUILD}"
+
+
 def _advice(facts: dict[str, Any]) -> list[str]:
     found = []
     if facts["torch"] is None:
@@ -57,8 +97,7 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         )
     if facts["threads"] is not None and facts["threads"] > facts["cpus"]:
         found.append(f"{facts['threads']} threads on {facts['cpus']} CPUs: set OMP_NUM_THREADS={facts['cpus']}")
-    if not facts["native_kernels"]:
-        found.append("Native kernels are absent: plain PyTorch computes everything, correct and slower")
+    found += _kernel_advice(facts)
     if facts["cpu_features"] == []:
         found.append("The CPU has no AVX2, AVX-512, AMX or NEON: expect slow answers")
     usable = min((m for m in (facts["memory_available"], facts["memory_limit"]) if m is not None), default=None)

@@ -58,6 +58,12 @@ def memory_free() -> int | None:
     return min(rooms if available is None else [available, *rooms], default=None)
 
 
+def cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the first processor's largest cache, 0 where the system does not tell."""
+    sizes = [read(path).strip() for path in folder.glob("index*/size")]
+    return max((parse_bytes(size, str(folder)) for size in sizes if size), default=0)
+
+
 def _limits() -> list[tuple[int, int]]:
     """(limit, used) of every cgroup limit that is below the machine's memory."""
     total, found = memory(), []

@@ -3,6 +3,8 @@
 from mutations import Mutation
 
 SPEED, ROOFLINE, CLI, SIZES = "evaluate/speed.py", "evaluate/roofline.py", "cli_bench.py", "model/sizes.py"
+LIMITS, CALLS, DOCTOR = "evaluate/limits.py", "evaluate/calls.py", "doctor.py"
+TEST_LIMITS, TEST_DOCTOR = "test_evaluate_limits.py", "test_doctor.py"
 TEST_SPEED, TEST_ROOFLINE, TEST_CLI = "test_evaluate_speed.py", "test_evaluate_roofline.py", "test_cli_bench.py"
 
 MUTATIONS = [
@@ -103,5 +105,75 @@ MUTATIONS = [
         "engine = Engine(loaded, max_batch=load.concurrency or max_batch)",
         [f"{TEST_CLI}::test_options_reach_the_engine"],
         "--speculate and --cache-format do nothing",
+    ),
+    Mutation(
+        ROOFLINE,
+        "isinstance(module, Weight) and module.form is not None",
+        "type(module).__name__ == 'PackedWeight'",
+        [f"{TEST_ROOFLINE}::test_needs_of_weights_in_panels_are_those_of_their_numbers"],
+        "weights laid out for native kernels count as bfloat16: int8 looks twice as fast as memory allows",
+    ),
+    Mutation(
+        LIMITS,
+        "return max(self.read.best, self.gemv_bf16.best)",
+        "return self.gemv_bf16.best",
+        [f"{TEST_LIMITS}::test_the_limit_is_the_best_that_can_hold_the_numbers"],
+        "a slow product hides how much faster memory is",
+    ),
+    Mutation(
+        LIMITS,
+        "kinds = KINDS[: KINDS.index(kind) + 1]",
+        "kinds = (kind,)",
+        [f"{TEST_LIMITS}::test_the_limit_is_the_best_that_can_hold_the_numbers"],
+        "int8 is held to a lower limit than bfloat16 where tiles multiply that alone",
+    ),
+    Mutation(
+        LIMITS,
+        "return memory.fill_(_FILL)",
+        "return memory",
+        [f"{TEST_LIMITS}::test_the_memory_is_a_matrix_of_every_form"],
+        "all that is read is one page of zeros, and memory looks as fast as a cache",
+    ),
+    Mutation(
+        CALLS,
+        'limits.product("bf16" if name == "fp8" else name)',
+        'limits.product("bf16")',
+        [f"{TEST_LIMITS}::test_integers_are_held_to_the_products_of_integers"],
+        "int8 seems to use more of the machine than it does",
+    ),
+    Mutation(
+        CALLS,
+        "2 * rows * out * x.shape[1]",
+        "rows * out * x.shape[1]",
+        [f"{TEST_LIMITS}::test_the_work_of_a_call"],
+        "every share of the products is half of what it is",
+    ),
+    Mutation(
+        CLI,
+        "        return _check_alone(context)",
+        "        return",
+        [f"{TEST_CLI}::test_a_mistake_about_the_machine_is_refused"],
+        "options before `machine` do nothing, silently",
+    ),
+    Mutation(
+        DOCTOR,
+        "    elif runs != there[0]:",
+        "    elif runs == 'torch':",
+        [f"{TEST_DOCTOR}::test_a_lower_path_that_is_forced_is_named"],
+        "a path forced long ago keeps the machine slow, and nobody is told",
+    ),
+    Mutation(
+        DOCTOR,
+        "    better = missing[: possible.index(there[0])]",
+        "    better = missing",
+        [f"{TEST_DOCTOR}::test_only_what_is_better_than_the_path_that_runs_is_missed"],
+        "a compiler is asked for that would bring nothing",
+    ),
+    Mutation(
+        "kernels/native.py",
+        '        except ModuleNotFoundError:\n            found[each] = "not built"\n',
+        "",
+        [f"{TEST_DOCTOR}::test_kernels_that_were_not_built_say_how_to_build_them"],
+        "what was never built is said to be damaged",
     ),
 ]

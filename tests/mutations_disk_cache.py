@@ -242,8 +242,8 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluate/limits.py",
-        "_rate(2 * side**3,",
-        "_rate(side**3,",
+        "timed(2 * side**3,",
+        "timed(side**3,",
         ["test_evaluate_limits.py::test_what_is_counted"],
         "the machine is said to do half of what it does, and our share of it looks twice as good",
     ),

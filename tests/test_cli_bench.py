@@ -9,11 +9,14 @@ from tiny_model import tiny, tiny_model
 from typer.testing import CliRunner
 
 from finback.cli import app
-from finback.evaluate.limits import Limits, Rate
+from finback.evaluate.calls import Call, Overheads, Report
+from finback.evaluate.limits import Limits, Rate, machine_limits
 from finback.progress import Bar
 from finback.weights import save
 
 LIMITS = Limits(2, Rate(20e9, 18e9), Rate(25e9, 21e9), Rate(123.4e9, 1e11), Rate(4e11, 3.9e11))
+FAST = Limits(2, *(Rate(1e10, 1e10),) * 4, "avx2", {"fp32": Rate(2e11, 1.9e11), "int8": Rate(8e11, 7e11)})
+CALLS = [Call("native", "fp8", 1, Rate(15e9, 14e9), 20e9), Call("torch", "bf16", 512, Rate(1e11, 9e10), 4e11)]
 SMALL = ["--model", "rand", "--requests", 4, "--prompt-tokens", "20-30", "--max-tokens", 4]
 
 
@@ -54,6 +57,90 @@ def test_the_tables_have_a_line_for_each_loop_and_the_machine_below(bench):
     assert machine[1] == ["memory, read", "20.0", "18.0", "GB/s"]
     assert machine[3] == ["product, float32", "123", "100", "GFLOP/s"]
     assert result.stderr == ""
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `bench machine` measures, and what it was asked: the seconds."""
+    asked = []
+
+    def report(seconds, done):
+        asked.append(seconds)
+        done()
+        return Report(FAST, CALLS, Overheads(Rate(1e6, 5e5), Rate(1e7, 1e7), None, Rate(4e6, 4e6)))
+
+    monkeypatch.setattr("finback.evaluate.calls.report", report)
+    return asked
+
+
+def test_the_machine_alone_is_three_tables(bench, measured):
+    result = bench("machine", "--seconds", 3)
+    assert result.exit_code == 0 and measured == [3.0]
+    limits, calls, overheads = ([line.split("\t") for line in t.splitlines()] for t in result.stdout.split("\n\n"))
+    assert limits[0][0] == "this machine, avx2, threads: 2"
+    assert limits[-2:] == [
+        ["registers, fp32", "200", "190", "GFLOP/s"],
+        ["registers, int8", "800", "700", "GFLOP/s"],
+    ]
+    assert calls == [
+        ["call", "best", "median", "limit", "unit", "share"],
+        ["native, fp8, 1 row", "15.0", "14.0", "20.0", "GB/s", "75%"],
+        ["torch, bf16, 512 rows", "100", "90.0", "400", "GFLOP/s", "25%"],
+    ]
+    assert overheads[1:] == [
+        ["torch, add of 8 numbers", "1.00", "2.00"],
+        ["native, nothing to do", "0.10", "0.10"],
+        ["a barrier of the team", "0.25", "0.25"],
+    ]
+    assert result.stderr == ""
+
+
+def test_the_machine_as_json(bench, measured):
+    found = json.loads(bench("machine", "--json").stdout)
+    assert measured == [10.0]
+    assert found["limits"]["path"] == "avx2" and found["limits"]["peaks"]["int8"] == {"best": 8e11, "median": 7e11}
+    assert [(call["by"], call["form"], call["rows"], call["share"]) for call in found["calls"]] == [
+        ("native", "fp8", 1, 0.75),
+        ("torch", "bf16", 512, 0.25),
+    ]
+    assert found["overheads"]["team"] is None and found["overheads"]["native"]["best"] == 1e7
+
+
+def test_the_bar_of_the_machine_ends_where_its_measurements_do(bench, monkeypatch):
+    """The real measurements, of a moment each."""
+    from finback.evaluate import calls
+
+    real, asked, moved = calls.report, [], []
+    monkeypatch.setattr("finback.evaluate.limits.machine_limits", machine_limits)
+    monkeypatch.setattr(calls, "report", lambda seconds, done: real(0, 1 << 20, 16, done))
+
+    class Counted(Bar):
+        def advance(self, n=1, **fields):
+            moved.append(n)
+
+    def bar(total, description, **how):
+        asked.append((total, how))
+        return nullcontext(Counted())
+
+    monkeypatch.setattr("finback.progress.bar", bar)
+    assert bench("machine").exit_code == 0
+    assert asked == [(sum(moved), {"per_second": 1})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--concurrency", "2", "machine"], "--concurrency before machine"),
+        (["--max-tokens", "9", "machine"], "--max-tokens before machine"),
+        (["--json", "machine"], "--json before machine"),
+        (["machine", "--seconds", "-1"], "--seconds"),
+        (["engine"], "engine"),
+    ],
+)
+def test_a_mistake_about_the_machine_is_refused(bench, measured, arguments, named):
+    result = bench(*arguments)
+    assert result.exit_code == 2 and result.stdout == "" and measured == []
+    assert named in result.stderr
 
 
 def test_columns_of_what_the_engine_counted_come_where_there_is_any(bench):

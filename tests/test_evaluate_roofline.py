@@ -7,7 +7,7 @@ from itertools import combinations, product
 import pytest
 import torch
 from scripted_model import ScriptedModel
-from tiny_model import tiny
+from tiny_model import tiny, tiny_model
 from torch import nn
 
 from finback.engine import Engine
@@ -18,6 +18,7 @@ from finback.model import Config, Model
 from finback.model.linear import Experts
 from finback.model.moe import Router
 from finback.model.sizes import bytes_read, flops_per_token
+from finback.model.weight import PackedWeight, PanelWeight
 from finback.weights.reader import pack
 
 LIMITS = Limits(2, Rate(20e9, 18e9), Rate(25e9, 21e9), Rate(1e11, 9e10), Rate(4e11, 3e11))
@@ -80,6 +81,26 @@ def test_needs_are_the_models():
     assert Needs.of(model, LIMITS) == Needs(model.config, 2, None, 25e9, 4e11)
     pack(model, "int4", torch.bfloat16)  # the head is int8 then
     assert Needs.of(model, LIMITS).form == "int4"
+
+
+def test_needs_of_weights_in_panels_are_those_of_their_numbers():
+    """Native kernels lay packed matrices out anew: what a pass reads stays; integers have products of their own."""
+    peaks = {"fp32": Rate(2e11, 1.0), "bf16": Rate(3e11, 1.0), "int8": Rate(6e11, 1.0), "int4": Rate(9e11, 1.0)}
+    limits = replace(LIMITS, peaks=peaks)
+    for form, flops in (("fp8", 4e11), ("int8", 6e11), ("int4", 9e11)):
+        packed = tiny_model(tiny()).bfloat16()
+        pack(packed, form, torch.bfloat16)
+        before = Needs.of(packed, limits)
+        assert before == Needs(packed.config, 2, form, 25e9, flops)
+        assert Needs.of(packed, LIMITS).product == 4e11  # plain torch multiplies bfloat16
+        for owner in list(packed.modules()):
+            for name, weight in list(owner.named_children()):
+                if isinstance(weight, PackedWeight):
+                    setattr(owner, name, PanelWeight(weight))
+        assert Needs.of(packed, limits) == before
+    wide = built(tiny())
+    pack(wide, "int8", torch.float32)
+    assert Needs.of(wide, limits).product == 2e11
 
 
 @pytest.mark.parametrize("bound", ["memory", "arithmetic"])

@@ -8,14 +8,14 @@ from finback.evaluate.limits import Limits
 from finback.evaluate.speed import Result
 from finback.model import Config, Model
 from finback.model.sizes import bytes_read, flops_per_token
-from finback.model.weight import PackedWeight
+from finback.model.weight import Weight
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a pass of a model needs of this machine. form: of its packed matrices, None where all are dense.
 
-    read: bytes/s from memory; product: FLOP/s in the model's precision: the best that was measured.
+    read: bytes/s from memory; product: FLOP/s of the numbers that its matrices meet: the best that was measured.
     """
 
     config: Config
@@ -29,10 +29,12 @@ class Needs:
         """Of a loaded model."""
         dtype = model.decoder.embed_tokens.weight.dtype
         blocks = model.decoder.layers.modules()  # not the head, which int4 packs as int8
-        forms = {module.form.name for module in blocks if isinstance(module, PackedWeight)}
-        read = max(limits.read.best, limits.gemv_bf16.best)
-        product = limits.matmul_bf16 if dtype == torch.bfloat16 else limits.matmul_fp32
-        return cls(model.config, dtype.itemsize, min(forms, default=None), read, product.best)
+        forms = {module.form.name for module in blocks if isinstance(module, Weight) and module.form is not None}
+        form = min(forms, default=None)
+        # Integer weights meet rows rounded to 8 bits, where kernels are compiled and the model is in bfloat16.
+        kind = form if form is not None and form in limits.peaks else "bf16"
+        kind = kind if dtype == torch.bfloat16 else "fp32"
+        return cls(model.config, dtype.itemsize, form, limits.bandwidth(), limits.product(kind))
 
     def bytes_of(self, rows: int) -> float:
         """Weights that a pass over `rows` tokens reads, by `sizes.bytes_read`."""

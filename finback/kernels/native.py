@@ -1,7 +1,7 @@
 """The compiled kernels of this machine, if there are any: found once, by what the processor says it can do.
 
-FINBACK_KERNELS forces a lower path: avx512, avx2, or torch for none. Addresses are taken here and in model/fused.py,
-and nowhere else; whoever calls keeps the tensors alive.
+FINBACK_KERNELS forces a lower path: avx512, avx2, or torch for none. Addresses are taken here, in measure.py and in
+model/fused.py, and nowhere else; whoever calls keeps the tensors alive.
 """
 
 import importlib
@@ -49,6 +49,19 @@ def find(level: str | None = None) -> tuple[str, ModuleType | None]:
             if level is not None:
                 raise UserError(f"{VARIABLE}={level}: these kernels were not built; finback doctor says why") from None
     return "torch", None
+
+
+def missing() -> dict[str, str]:
+    """The paths that this processor can take and that cannot be loaded, the best first, and why not."""
+    found = {}
+    for each in supported()[:-1]:
+        try:
+            importlib.import_module(f"finback.kernels._{each}")
+        except ModuleNotFoundError:
+            found[each] = "not built"
+        except ImportError as error:
+            found[each] = str(error)
+    return found
 
 
 _level: tuple[str, ModuleType | None] | None = None

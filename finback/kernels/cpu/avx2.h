@@ -70,6 +70,11 @@ inline void store(int8_t* out, Floats x) {
     _mm_storeu_si128((__m128i*)out, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
 
+// What registers hold becomes unknown to the compiler.
+inline void forget(__m256& x) { asm volatile("" : "+x"(x)); }
+inline void forget(Floats& x) { forget(x.a), forget(x.b); }
+inline void forget(Ints& x) { asm volatile("" : "+x"(x.a), "+x"(x.b)); }
+
 inline Ints all_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
@@ -98,6 +103,9 @@ struct Pairs {
         return {_mm256_fmadd_ps(w.second.a, x.second, s.a), _mm256_fmadd_ps(w.second.b, x.second, s.b)};
     }
 };
+
+inline void forget(Pairs::Weight& w) { forget(w.first), forget(w.second); }
+inline void forget(Pairs::Row& x) { forget(x.first), forget(x.second); }
 
 // The same of E4M3 codes: sign and the other bits one exponent bit apart are a float16, value x 2^-8.
 struct Fp8Pairs : Pairs {

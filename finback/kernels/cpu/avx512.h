@@ -37,6 +37,12 @@ inline void store(int8_t* out, Floats x) {
     _mm_storeu_si128((__m128i*)out, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
+// What a register holds becomes unknown to the compiler.
+template <class Register>
+inline void forget(Register& x) {
+    asm volatile("" : "+v"(x));
+}
+
 inline Ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 

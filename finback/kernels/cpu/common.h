@@ -40,7 +40,7 @@ enum class Form : int { bf16, fp8, int8, int4 };
 
 // Numbers of a row that share a scale when rows are rounded to 8 bits to meet integer weights.
 inline i64 row_group(Form form) { return form == Form::int8 ? 128 : 32; }
-inline bool by_integers(Form form) { return form == Form::int8 || form == Form::int4; }
+constexpr bool by_integers(Form form) { return form == Form::int8 || form == Form::int4; }
 
 // Bytes of a panel of 16 rows with `cols` columns: docs/kernels.md draws each form.
 inline i64 panel_bytes(Form form, i64 cols) {

@@ -22,6 +22,8 @@
 #include "latent.h"
 #include "lay.h"
 
+#include "limits.h"
+
 namespace nb = nanobind;
 using namespace finback;
 
@@ -128,6 +130,22 @@ void bind_grouped(nb::module_& m) {
     address(bound, "value_bias", &Grouped::value_bias);
 }
 
+void bind_limits(nb::module_& m) {
+    nb::call_guard<nb::gil_scoped_release> released;
+    m.def("empty", [](uintptr_t, i64, int) {}, released);
+    m.def("meet", [](i64 barriers, int threads) { meet(barriers, threads); }, released);
+    m.def(
+        "read", [](uintptr_t memory, i64 floats, int threads) { return read(at<float>(memory), floats, threads); },
+        released);
+    m.def(
+        "peak",
+        [](int form, i64 steps, int threads) { return by_all(threads, [&] { return peak(Form(form), steps); }); },
+        released);
+    m.def(
+        "float_peak", [](i64 steps, int threads) { return by_all(threads, [&] { return float_rounds(steps); }); },
+        released);
+}
+
 }  // namespace
 
 NB_MODULE(FINBACK_MODULE, m) {
@@ -153,4 +171,5 @@ NB_MODULE(FINBACK_MODULE, m) {
     bind_feed_forward(m);
     bind_latent(m);
     bind_grouped(m);
+    bind_limits(m);
 }
