@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.errors import UserError
+from finback.kernels import native
 from finback.kernels.quantise import FORMATS
 from finback.model.sizes import cache_numbers, memory, sizes
 from finback.paths import model_path, read_json
@@ -76,7 +77,12 @@ def _licence(folder: Path) -> str | None:
 
 
 def default_dtype(model: str) -> str:
-    """The precision to run in: float32 where that is at most 1 GiB (on CPUs also the faster), else the checkpoint's."""
+    """The precision to run in: the checkpoint's, which native kernels are made for.
+
+    Without them float32 where that is at most 1 GiB, because plain torch is the faster so on CPUs.
+    """
+    if native.kernels() is not None:
+        return "auto"
     count = sizes(read_config(model)[1])
     return "float32" if 4 * (count.total + count.mtp) <= _SMALL else "auto"
 

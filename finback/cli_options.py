@@ -15,7 +15,7 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: 
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or auto, the checkpoint's. [default: float32 up to 1 GiB of weights, else auto]"
+        help="float32, bfloat16 or auto, the checkpoint's. [default: auto; without native kernels float32 up to 1 GiB]"
     ),
 ]
 Quantize = Annotated[

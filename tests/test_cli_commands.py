@@ -8,6 +8,7 @@ from tiny_model import tiny, tiny_model
 from typer.testing import CliRunner
 
 from finback.cli import app
+from finback.kernels import native
 from finback.tasks import TASKS, is_held_out, sample
 from finback.weights import save
 
@@ -244,13 +245,17 @@ def test_show_reads_what_save_wrote(finback, homes):
     assert facts["cache_bytes_per_token"] == 4 * 3 * (14 + 8)
 
 
-def test_small_models_run_in_float32_and_large_ones_as_they_are(tmp_path):
+@pytest.mark.parametrize("path", native.supported())
+def test_models_run_as_they_are_but_small_ones_without_native_kernels_in_float32(path, tmp_path):
     from finback.about import default_dtype
     from finback.model import Config
 
-    for config, dtype in ((tiny(), "float32"), (Config(num_hidden_layers=4), "auto")):
+    native.use(path)
+    small = "float32" if path == "torch" else "auto"
+    for config, dtype in ((tiny(), small), (Config(num_hidden_layers=4), "auto")):
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"torch_dtype": "bfloat16"}))
         assert default_dtype(str(tmp_path)) == dtype
+    native.use(None)
 
 
 def test_dtype_chooses_the_precision(finback):
