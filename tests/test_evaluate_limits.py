@@ -82,10 +82,10 @@ def test_what_is_counted(path, counted):
 
 @NATIVE
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("strides", [0, 1, 2, 7, 32])
+@pytest.mark.parametrize("strides", [0, 1, 2, 7, 5000])
 def test_reading_takes_every_number_once(path, threads, strides):
     native.use(path)
-    values = torch.arange(strides * measure.STRIDE // 4, dtype=torch.float32) + 1
+    values = torch.arange(strides * measure.STRIDE // 4, dtype=torch.float32) % 7 + 1  # every sum is exact
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

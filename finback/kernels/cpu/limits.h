@@ -1,6 +1,8 @@
 // What this machine can do at most: the loops of the kernels with nothing in their way. `finback bench machine`.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace finback {
@@ -71,15 +73,16 @@ inline i64 by_all(int threads, Loop loop) {
     return total;
 }
 
-// The sum of `count` floats, a multiple of 128, each thread reading a part of its own from its beginning to its end.
+// The sum of `count` floats, a multiple of 128, shared out in pieces of a mebibyte: a thread that others slow down holds
+// up nobody.
 inline double read(const float* memory, i64 count, int threads) {
+    constexpr i64 STRIDE = 128, PIECE = i64(1) << 18;
     double total = 0;
+    Team team;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
-    {
-        constexpr i64 STRIDE = 128;
-        i64 strides = count / STRIDE, one = omp_get_thread_num(), team = omp_get_num_threads();
-        const float* x = memory + strides * one / team * STRIDE;
-        const float* end = memory + strides * (one + 1) / team * STRIDE;
+    team.share(0, (count + PIECE - 1) / PIECE, [&](i64 piece) {
+        const float* x = memory + piece * PIECE;
+        const float* end = memory + std::min(count, (piece + 1) * PIECE);
         Floats a = zero(), b = zero(), c = zero(), d = zero();
         for (; x < end; x += STRIDE) {
             a = add(a, add(load(x), load(x + 16)));
@@ -88,7 +91,7 @@ inline double read(const float* memory, i64 count, int threads) {
             d = add(d, add(load(x + 96), load(x + 112)));
         }
         total += double(sum(add(add(a, b), add(c, d))));
-    }
+    });
     return total;
 }
 
