@@ -32,6 +32,7 @@ def examine() -> dict[str, Any]:
         "disk_free": _disk_free(home()),
         "models": [name for name, _folder in installed()],
         "native_kernels": any(p.suffix in (".so", ".pyd") for p in (PACKAGE / "kernels").rglob("*")),
+        **_kernels(),
     }
     return {**facts, "advice": list(_advice(facts))}
 
@@ -47,6 +48,16 @@ def _torch() -> dict[str, Any]:
     return {"torch": torch_version, "threads": torch.get_num_threads(), "gpus": gpus}
 
 
+def _kernels() -> dict[str, Any]:
+    """The best path of the native kernels, and better ones that this processor has and the system does not allow."""
+    if importlib.util.find_spec("torch") is None:
+        return {"kernels": None, "kernels_refused": []}
+    from finback.kernels import native
+
+    best = native.find()[0]
+    return {"kernels": best, "kernels_refused": [f"{path}: {reason}" for path, reason in native.refused.items()]}
+
+
 def _advice(facts: dict[str, Any]) -> list[str]:
     found = []
     if facts["torch"] is None:
@@ -59,6 +70,7 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         found.append(f"{facts['threads']} threads on {facts['cpus']} CPUs: set OMP_NUM_THREADS={facts['cpus']}")
     if not facts["native_kernels"]:
         found.append("Native kernels are absent: plain PyTorch computes everything, correct and slower")
+    found += [f"The native kernels take {facts['kernels']}, not {refused}" for refused in facts["kernels_refused"]]
     if facts["cpu_features"] == []:
         found.append("The CPU has no AVX2, AVX-512, AMX or NEON: expect slow answers")
     usable = min((m for m in (facts["memory_available"], facts["memory_limit"]) if m is not None), default=None)

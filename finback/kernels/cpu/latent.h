@@ -35,7 +35,7 @@ class LatentRun {
         most_ = arena_.take<float>(parts * PANEL);
         total_ = arena_.take<float>(parts * PANEL);
         mixed_parts_ = arena_.take<float>(parts * PANEL * spec.rank);
-        step_ = rows <= FEW ? WIDE : 2;
+        step_ = rows <= FEW ? WIDE : panels_of_many((spec.hidden + PANEL - 1) / PANEL, threads);
     }
 
     void run() {
