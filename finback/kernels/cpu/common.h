@@ -37,7 +37,7 @@ inline bf16 narrow(float x) {  // to nearest, ties to even; NaN stays NaN
 
 inline i64 round_up(i64 count, i64 step) { return (count + step - 1) / step * step; }
 
-// How a matrix is stored; kernels/tiling.py has the same list.
+// How a matrix is stored; kernels/panels.py has the same list.
 enum class Form : int { bf16, fp8, int8, int4 };
 
 // Numbers of a row that share a scale when rows are rounded to 8 bits to meet integer weights.

@@ -5,7 +5,8 @@
 // gives (128) and L2 nearly. L3 gives about 10 and memory 5, so what goes through tiles must lie in L2: HOME bytes of
 // rows stay there beside HOME bytes of panels. From L3 or memory a number of a row then comes once for every group of
 // panels, 1 / (16 x panels) byte an operation: with 16 panels 4 bytes a cycle. A number of a matrix comes once for
-// all rows (1 / rows byte an operation) as long as its group of panels stays.
+// all rows (1 / rows byte an operation) as long as its group of panels stays. Past 8,192 columns of bfloat16 two panels
+// are more than HOME, and L3 is the limit.
 #pragma once
 
 #include <algorithm>
