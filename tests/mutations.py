@@ -61,7 +61,9 @@ def copy(target: Path) -> None:
         shutil.copytree(ROOT / name, target / name, ignore=leave)
     if (ROOT / "finback" / "models").is_dir():
         (target / "finback" / "models").symlink_to(ROOT / "finback" / "models")
-    for module in (find_spec(f"finback.kernels._{level}") for level in native.LEVELS):  # built, not in the sources
+    for module in (
+        find_spec(f"finback.kernels._{level}") for level in native.LEVELS | native.BY_NAME
+    ):  # built, not in sources
         if module is not None and module.origin is not None:
             shutil.copy(module.origin, target / "finback" / "kernels")
     for name in ("pyproject.toml", "README.md", "recipes"):

@@ -264,8 +264,8 @@ MUTATIONS = [
     ),
     Mutation(
         ORDER,
-        "        _fixed = before\n",
-        "        _fixed = False\n",
+        "        _fix(before)\n",
+        "        _fix(False)\n",
         [f"{TEST_SERVING}::test_fixed_order_ends_with_its_block"],
         "a block inside another ends the fixed order of both",
     ),

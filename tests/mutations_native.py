@@ -137,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/native.py",
-        "if level is not None and level not in possible:",
+        "if level is not None and level not in possible and not named:",
         "if False:",
         [f"{NATIVE}::test_paths_are_named"],
         "a path that cannot be taken is tried",

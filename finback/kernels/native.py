@@ -1,6 +1,6 @@
 """The compiled kernels of this machine, if there are any: found once, by what the processor says it can do.
 
-FINBACK_KERNELS forces a lower path: avx512, avx2, or torch for none. Addresses are taken here, in measure.py and in
+FINBACK_KERNELS forces a path: amx, avx512, avx2, or torch for none. Addresses are taken here, in measure.py and in
 model/fused.py, and nowhere else; whoever calls keeps the tensors alive.
 """
 
@@ -19,11 +19,13 @@ from finback.kernels import panels
 from finback.kernels.panels import FORMS, PANEL
 
 VARIABLE = "FINBACK_KERNELS"
-LEVELS = {
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
-    "avx2": {"avx2", "fma", "f16c"},
-}
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+LEVELS = {"avx512": _AVX512, "avx2": {"avx2", "fma", "f16c"}}
 """What each path needs of the processor, the best first."""
+
+BY_NAME = {"amx": {*_AVX512, "amx_tile", "amx_bf16", "amx_int8"}, "amx_model": _AVX512}
+"""The same of paths that are taken when named, never by themselves: AMX, until it has run on a processor that has it,
+and its instructions in plain code, for tests."""
 
 
 def supported() -> list[str]:
@@ -38,16 +40,21 @@ def find(level: str | None = None) -> tuple[str, ModuleType | None]:
     Raises UserError for a path that is none, cannot be taken here or was not built.
     """
     possible = supported()
-    if level is not None and level not in possible:
+    named = level in BY_NAME and BY_NAME[level] <= machine.cpu_flags()
+    if level is not None and level not in possible and not named:
         raise UserError(f"{VARIABLE}={level}: not a path of this processor; allowed here: {', '.join(possible)}")
     for each in [level] if level else possible:
         if each == "torch":
             break
         try:
             return each, importlib.import_module(f"finback.kernels._{each}")
-        except ImportError:
+        except ModuleNotFoundError:
             if level is not None:
                 raise UserError(f"{VARIABLE}={level}: these kernels were not built; finback doctor says why") from None
+        except ImportError as error:  # the system refuses what the processor has
+            if level is not None:
+                allowed = ", ".join(name for name in possible if name != level)
+                raise UserError(f"{VARIABLE}={level}: {error}; allowed here: {allowed}") from None
     return "torch", None
 
 
@@ -65,6 +72,7 @@ def missing() -> dict[str, str]:
 
 
 _level: tuple[str, ModuleType | None] | None = None
+_fixed = False
 
 
 def kernels() -> ModuleType | None:
@@ -73,7 +81,7 @@ def kernels() -> ModuleType | None:
 
 
 def level() -> str:
-    """The path that runs here: a key of LEVELS, or "torch"."""
+    """The path that runs here: a key of LEVELS or BY_NAME, or "torch"."""
     return _found()[0]
 
 
@@ -81,13 +89,28 @@ def use(name: str | None) -> None:
     """Take the path `name` from now on, the best for None. What is laid out already stays as it is."""
     global _level
     _level = find(name)
+    _tell()
+
+
+def fix_order(on: bool) -> None:
+    """Whether the order of a row's sums is the same however many rows there are; order.fixed_order sets it."""
+    global _fixed
+    _fixed = on
+    _tell()
 
 
 def _found() -> tuple[str, ModuleType | None]:
     global _level
     if _level is None:
         _level = find(os.environ.get(VARIABLE) or None)
+        _tell()
     return _level
+
+
+def _tell() -> None:
+    """A module has a switch of its own: few and many rows are other kernels, and it says which products are which."""
+    if _level is not None and _level[1] is not None:
+        _level[1].fixed_order(_fixed)
 
 
 def matrix(form: str | None, rows: int, cols: int, panels: Tensor):

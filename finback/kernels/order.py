@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finback.kernels import experts, reference
+from finback.kernels import experts, native, reference
 from finback.kernels.reference import Product
 
 _fixed = False
@@ -19,13 +19,19 @@ _fixed = False
 
 @contextmanager
 def fixed_order(on: bool = True) -> Iterator[None]:
-    """Within it the order of sums depends on the number of rows alone."""
-    global _fixed
-    before, _fixed = _fixed, on
+    """Within it the order of sums depends on the number of rows alone; in native kernels not even on that."""
+    before = _fixed
+    _fix(on)
     try:
         yield
     finally:
-        _fixed = before
+        _fix(before)
+
+
+def _fix(on: bool) -> None:
+    global _fixed
+    _fixed = on
+    native.fix_order(on)
 
 
 def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class AttentionRun {
                  i64 streams, i64 out)
         : base_(base), call_(call), threads_(threads), arena_(Arena::fresh()), form_(base.output.form), entry_(entry),
           value_(value), streams_(streams), key_(key), query_panel_(panel_bytes(Form::bf16, key)),
-          step_(call.rows <= FEW ? WIDE : 2), x_(arena_.rows(call.rows, base.hidden, form_)),
+          step_(call.rows <= FEW ? WIDE : panels_of_many((base.hidden + PANEL - 1) / PANEL, threads)),
+          x_(arena_.rows(call.rows, base.hidden, form_)),
           out_(arena_.rows(call.rows, out, form_)) {
         if (call.singles) prepare_singles(call.singles);
     }

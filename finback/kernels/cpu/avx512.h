@@ -59,10 +59,33 @@ struct Pairs {
     static Floats dot(Floats sum, Weight w, Row x) { return _mm512_dpbf16_ps(sum, w, x); }
 };
 
-// The same of E4M3 codes: a table gives every code's bfloat16, exactly.
+// The bfloat16 of every E4M3 code without its sign: exact, or times a scale and rounded once.
+struct Fp8Table {
+    alignas(64) bf16 value[128];
+
+    static const Fp8Table& exact() {
+        static const Fp8Table table;
+        return table;
+    }
+    Fp8Table(const Fp8Table& exact, float scale) {
+        for (int code = 0; code < 128; code += 16) store(value + code, mul(load(exact.value + code), all(scale)));
+    }
+    __m512i part(int index) const { return _mm512_load_si512(value + 32 * index); }
+
+  private:
+    Fp8Table() {
+        for (int code = 0; code < 128; code++) {
+            int exponent = code >> 3, mantissa = code & 7;
+            float size = exponent ? float(8 + mantissa) * float(1 << exponent) / 1024.0f : float(mantissa) / 512.0f;
+            value[code] = narrow(size);
+        }
+    }
+};
+
+// The same of E4M3 codes: a table gives every code's bfloat16.
 struct Fp8Pairs : Pairs {
-    static Weight weight(const uint8_t* w) {
-        static const Table table;
+    static Weight weight(const uint8_t* w) { return look_up(w, Fp8Table::exact()); }
+    static Weight look_up(const uint8_t* w, const Fp8Table& table) {
         __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)w));
         __m512i low = _mm512_permutex2var_epi16(table.part(0), code, table.part(1));
         __m512i high = _mm512_permutex2var_epi16(table.part(2), code, table.part(3));
@@ -70,19 +93,6 @@ struct Fp8Pairs : Pairs {
         __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(128)), 8);
         return (__m512bh)_mm512_or_si512(size, sign);
     }
-
-  private:
-    struct Table {
-        alignas(64) bf16 value[128];
-        Table() {
-            for (int code = 0; code < 128; code++) {
-                int exponent = code >> 3, mantissa = code & 7;
-                float size = exponent ? float(8 + mantissa) * float(1 << exponent) / 1024.0f : float(mantissa) / 512.0f;
-                value[code] = narrow(size);
-            }
-        }
-        __m512i part(int index) const { return _mm512_load_si512(value + 32 * index); }
-    };
 };
 
 // Four neighbouring columns of 16 rows as bytes without a sign, and four codes of a row in every lane.

@@ -11,6 +11,8 @@
 
 #include <omp.h>
 
+#include "amx.h"
+
 namespace finback {
 
 using bf16 = uint16_t;
@@ -35,7 +37,7 @@ inline bf16 narrow(float x) {  // to nearest, ties to even; NaN stays NaN
 
 inline i64 round_up(i64 count, i64 step) { return (count + step - 1) / step * step; }
 
-// How a matrix is stored; kernels/tiling.py has the same list.
+// How a matrix is stored; kernels/panels.py has the same list.
 enum class Form : int { bf16, fp8, int8, int4 };
 
 // Numbers of a row that share a scale when rows are rounded to 8 bits to meet integer weights.
@@ -85,6 +87,23 @@ struct Rows {
     }
 };
 
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// At the start of a line of the cache, and not a byte longer than asked for.
+inline void* allocate(i64 bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
+    return memory;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool APART = true;  // every piece of an arena by itself, so that going past its end is seen
+#else
+constexpr bool APART = false;
+#endif
+
 // Memory of one call, kept for the next one of the same thread.
 class Arena {
   public:
@@ -94,7 +113,7 @@ class Arena {
             i64 whole = 0;
             for (auto& chunk : arena.chunks_) whole += chunk.size;
             arena.chunks_.clear();
-            arena.grow(whole);
+            if (!APART) arena.grow(whole);
         }
         arena.used_ = 0;
         return arena;
@@ -102,8 +121,10 @@ class Arena {
 
     template <class T>
     T* take(i64 count) {
-        i64 bytes = round_up(count * i64(sizeof(T)), 64);
-        if (chunks_.empty() || used_ + bytes > chunks_.back().size) grow(bytes > FIRST ? bytes : FIRST);
+        i64 bytes = count * i64(sizeof(T));
+        if (!APART) bytes = round_up(bytes, 64);
+        if (APART) grow(bytes);
+        else if (chunks_.empty() || used_ + bytes > chunks_.back().size) grow(bytes > FIRST ? bytes : FIRST);
         char* start = chunks_.back().memory.get() + used_;
         used_ += bytes;
         return reinterpret_cast<T*>(start);
@@ -123,9 +144,6 @@ class Arena {
 
   private:
     static constexpr i64 FIRST = 1 << 20;
-    struct Free {
-        void operator()(char* memory) const { std::free(memory); }
-    };
     struct Chunk {
         i64 size;
         std::unique_ptr<char, Free> memory;
@@ -134,9 +152,7 @@ class Arena {
     i64 used_ = 0;
 
     void grow(i64 bytes) {
-        char* memory = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)));
-        if (!memory) throw std::bad_alloc();
-        chunks_.push_back({bytes, std::unique_ptr<char, Free>(memory)});
+        chunks_.push_back({bytes, std::unique_ptr<char, Free>(static_cast<char*>(allocate(bytes)))});
         used_ = 0;
     }
 };
@@ -150,6 +166,7 @@ struct Team {
     template <class Work>
     void share(int stage, i64 pieces, Work work) {
         for (i64 piece; (piece = next[stage].fetch_add(1, std::memory_order_relaxed)) < pieces;) work(piece);
+        release_tiles();
 #pragma omp barrier
     }
 };

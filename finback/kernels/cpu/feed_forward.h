@@ -130,7 +130,9 @@ class FeedForwardRun {
             deal_ = {arena_.take<i64>(spec.experts + 1), arena_.take<i64>(choices_)};
             busy_ = arena_.take<i64>(spec.experts);
         }
-        step_ = rows * std::max<i64>(spec.chosen, 1) <= FEW * std::max<i64>(spec.experts, 1) ? WIDE : 2;
+        step_ = rows * std::max<i64>(spec.chosen, 1) <= FEW * std::max<i64>(spec.experts, 1)
+                    ? WIDE
+                    : panels_of_many((spec.hidden + PANEL - 1) / PANEL, threads);
         sums_ = arena_.take<float>(threads * rows * step_ * PANEL);
     }
 

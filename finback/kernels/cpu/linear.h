@@ -27,9 +27,9 @@ inline void bring(Form form, const bf16* x, i64 numbers, const Rows& to, i64 row
 
 // Pieces of work of a matrix: enough for every thread, each a few panels that lie side by side.
 inline i64 panels_a_piece(i64 panels, i64 rows, int threads) {
-    i64 least = rows <= FEW ? WIDE : 2;
+    i64 least = rows <= FEW ? WIDE : 2, most = rows <= FEW || !FINBACK_TILES ? 4 * least : 16;
     i64 fair = panels / (threads * 8) / least * least;
-    return fair < least ? least : fair > 4 * least ? 4 * least : fair;
+    return fair < least ? least : fair > most ? most : fair;
 }
 
 inline void linear(const LinearCall& call, int threads) {

@@ -146,9 +146,29 @@ void bind_limits(nb::module_& m) {
         released);
 }
 
+#if FINBACK_TILES
+// sums [rows, 16] += a [rows, depth] x b [depth / 4, 64], in bytes, by one product of tiles.
+void bind_tiles(nb::module_& m) {
+    m.def("tile_product", [](bool whole, i64 rows, i64 depth, uintptr_t a, uintptr_t b, uintptr_t sums) {
+        shape_tiles(rows, 0, depth);
+        tile_load<0>(at<void>(sums), 64);
+        tile_load<4>(at<void>(a), depth);
+        tile_load<6>(at<void>(b), 64);
+        whole ? tile_dot_int8<0, 4, 6>() : tile_dot_bf16<0, 4, 6>();
+        tile_store<0>(at<void>(sums), 64);
+        release_tiles();
+    });
+}
+#endif
+
 }  // namespace
 
 NB_MODULE(FINBACK_MODULE, m) {
+#if FINBACK_TILES
+    allow_tiles();
+    bind_tiles(m);
+#endif
+    m.def("fixed_order", [](bool on) { fixed_order = on; });
     nb::class_<Pack>(m, "Pack").def("__init__", [](Pack* self, int form, i64 rows, i64 cols, uintptr_t data, i64 stride) {
         new (self) Pack{Form(form), rows, cols, at<uint8_t>(data), stride};
     });

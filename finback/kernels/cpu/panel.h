@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "tile.h"
 
 namespace finback {
 
@@ -179,15 +180,28 @@ inline void all_rows(const Pack& pack, i64 first, const Rows& x, Out out) {
     rows_left<P, M - 1>(pack, first, x, row, out);
 }
 
-// out(row, panel, sixteen sums) for every row and the panels first .. first + count - 1. A row's sums are the same
-// numbers whatever other rows there are.
+// out(row, panel, sixteen sums) for every row and the panels first .. first + count - 1, of a row the panels in their
+// order. A row's sums are the same numbers whatever other rows there are, as long as tiles take both numbers of rows or
+// neither: in fixed order always.
 template <class Out>
 inline void panels(const Pack& pack, i64 first, i64 count, const Rows& x, Out out) {
+#if FINBACK_TILES
+    if (by_tiles(pack, x)) return tile_panels(pack, first, count, x, out);
+#endif
     i64 end = first + count;
     if (x.count <= FEW)
         for (; first + WIDE <= end; first += WIDE) rows_left<WIDE, FEW>(pack, first, x, 0, out);
     for (; first + 2 <= end; first += 2) all_rows<2, MOST>(pack, first, x, out);
     if (first < end) all_rows<1, MOST>(pack, first, x, out);
+}
+
+// Panels that a piece of work on many rows takes.
+inline i64 panels_of_many([[maybe_unused]] i64 panels, [[maybe_unused]] int threads) {
+#if FINBACK_TILES
+    return std::clamp<i64>(panels / (threads * 4) / 2 * 2, 2, 16);  // rows come from L3 once for all of them: tile.h
+#else
+    return 2;
+#endif
 }
 
 }  // namespace finback
