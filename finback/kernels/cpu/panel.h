@@ -144,8 +144,16 @@ FINBACK_INLINE Sums<M, P> product_int4(const uint8_t* const (&w)[P], const Rows&
     return sums;
 }
 
-template <i64 M, i64 P, class Out>
-inline void block(const Pack& pack, i64 first, const Rows& x, i64 row, Out out) {
+// Where sums go: sixteen of a row and panel at a time. One type for all takers, so that the loops are compiled once.
+struct Sink {
+    void* taker;
+    void (*take)(void* taker, i64 row, i64 panel, Floats sums);
+
+    void operator()(i64 row, i64 panel, Floats sums) const { take(taker, row, panel, sums); }
+};
+
+template <i64 M, i64 P>
+inline void block(const Pack& pack, i64 first, const Rows& x, i64 row, Sink out) {
     const uint8_t* w[P];
 #pragma GCC unroll 16
     for (i64 p = 0; p < P; p++) w[p] = pack.panel(first + p);
@@ -163,8 +171,8 @@ inline void block(const Pack& pack, i64 first, const Rows& x, i64 row, Out out) 
     }
 }
 
-template <i64 P, i64 M, class Out>
-inline void rows_left(const Pack& pack, i64 first, const Rows& x, i64 row, Out out) {
+template <i64 P, i64 M>
+inline void rows_left(const Pack& pack, i64 first, const Rows& x, i64 row, Sink out) {
     if constexpr (M > 0) {
         if (x.count - row == M)
             block<M, P>(pack, first, x.from(row, M), row, out);
@@ -173,18 +181,14 @@ inline void rows_left(const Pack& pack, i64 first, const Rows& x, i64 row, Out o
     }
 }
 
-template <i64 P, i64 M, class Out>
-inline void all_rows(const Pack& pack, i64 first, const Rows& x, Out out) {
+template <i64 P, i64 M>
+inline void all_rows(const Pack& pack, i64 first, const Rows& x, Sink out) {
     i64 row = 0;
     for (; row + M <= x.count; row += M) block<M, P>(pack, first, x.from(row, M), row, out);
     rows_left<P, M - 1>(pack, first, x, row, out);
 }
 
-// out(row, panel, sixteen sums) for every row and the panels first .. first + count - 1, of a row the panels in their
-// order. A row's sums are the same numbers whatever other rows there are, as long as tiles take both numbers of rows or
-// neither: in fixed order always.
-template <class Out>
-inline void panels(const Pack& pack, i64 first, i64 count, const Rows& x, Out out) {
+inline void all_panels(const Pack& pack, i64 first, i64 count, const Rows& x, Sink out) {
 #if FINBACK_TILES
     if (by_tiles(pack, x)) return tile_panels(pack, first, count, x, out);
 #endif
@@ -193,6 +197,15 @@ inline void panels(const Pack& pack, i64 first, i64 count, const Rows& x, Out ou
         for (; first + WIDE <= end; first += WIDE) rows_left<WIDE, FEW>(pack, first, x, 0, out);
     for (; first + 2 <= end; first += 2) all_rows<2, MOST>(pack, first, x, out);
     if (first < end) all_rows<1, MOST>(pack, first, x, out);
+}
+
+// out(row, panel, sixteen sums) for every row and the panels first .. first + count - 1, of a row the panels in their
+// order. A row's sums are the same numbers whatever other rows there are, as long as tiles take both numbers of rows or
+// neither: in fixed order always.
+template <class Out>
+inline void panels(const Pack& pack, i64 first, i64 count, const Rows& x, Out out) {
+    auto take = [](void* taker, i64 row, i64 panel, Floats sums) { (*static_cast<Out*>(taker))(row, panel, sums); };
+    all_panels(pack, first, count, x, {&out, take});
 }
 
 // Panels that a piece of work on many rows takes.
