@@ -137,8 +137,8 @@ MUTATIONS = [
     ),
     Mutation(
         ATTENTION,
-        "if new < held and new < self._break_even():",
-        "if new < self._break_even():",
+        "if new < held and new < self.config.absorbed_below:",
+        "if new < self.config.absorbed_below:",
         [f"{TEST_ATTENTION}::test_any_chunks_through_a_cache_equal_the_whole"],
         "tokens of a prompt see the later ones",
     ),

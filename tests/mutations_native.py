@@ -81,10 +81,24 @@ MUTATIONS = [
     ),
     cpu(
         "attend.h",
-        "value += std::exp(most[c * next] - largest_of_all) * mixed",
-        "value += mixed",
+        "value = fma(load(mixed + c * next_mixed + v), all(share[c]), value)",
+        "value = add(load(mixed + c * next_mixed + v), value)",
         ATTENTION,
         "chunks are joined without their weights",
+    ),
+    cpu(
+        "attend.h",
+        "    if (count % 2) store(score + count * PANEL, zero());\n",
+        "",
+        ATTENTION,
+        "a slot behind an odd end has the weight that lay there",
+    ),
+    cpu(
+        "attention.h",
+        "chunk = turn_[piece / streams_]",
+        "chunk = turn_[piece / streams_ / 2 * 2]",
+        ATTENTION,
+        "every other stretch of slots is forgotten",
     ),
     cpu(
         "span.h",

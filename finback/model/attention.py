@@ -142,7 +142,7 @@ class LatentAttention(nn.Module):
 
     def _attend(self, entry_BSC: Tensor, mask: Tensor | None, q_nope: Tensor, q_rope: Tensor) -> Tensor:
         new, held = q_nope.shape[1], entry_BSC.shape[1]
-        if new < held and new < self._break_even():
+        if new < held and new < self.config.absorbed_below:
             return self._absorbed(q_nope, q_rope, entry_BSC, mask)
         return self._naive(q_nope, q_rope, entry_BSC, mask)
 
@@ -176,9 +176,3 @@ class LatentAttention(nn.Module):
         query = torch.cat((dispatch.per_head(q_nope, weight_HXL[:, :nope]), q_rope), dim=-1)
         mixed = dispatch.latent_attention(query, entry_BSC, self.rank, self.scale, mask_BTS)
         return dispatch.per_head(mixed, weight_HXL[:, nope:].transpose(1, 2)).flatten(-2)
-
-    def _break_even(self) -> float:
-        """Fewer new tokens than this make the absorbed form the cheaper one (85 tokens for V3's 512, 128, 128 …)."""
-        rank, per_head = self.rank, self.config.qk_nope_head_dim + self.config.v_head_dim
-        saved = 2 * rank - per_head
-        return rank * per_head / saved if saved > 0 else float("inf")

@@ -102,6 +102,16 @@ struct Pairs {
         s = {_mm256_fmadd_ps(w.first.a, x.first, s.a), _mm256_fmadd_ps(w.first.b, x.first, s.b)};
         return {_mm256_fmadd_ps(w.second.a, x.second, s.a), _mm256_fmadd_ps(w.second.b, x.second, s.b)};
     }
+
+    // Sixteen columns of two rows; both of 16 rows' numbers, and how they are kept to be told to all lanes.
+    using Share = float;
+    static Weight of(const bf16* first, const bf16* second) { return {load(first), load(second)}; }
+    static Row row(const float* x) { return {_mm256_broadcast_ss(x), _mm256_broadcast_ss(x + 1)}; }
+    static void keep(Share* out, Floats first, Floats second) {
+        alignas(32) float a[16], b[16];
+        store(a, first), store(b, second);
+        for (int lane = 0; lane < 16; lane++) out[2 * lane] = a[lane], out[2 * lane + 1] = b[lane];
+    }
 };
 
 inline void forget(Pairs::Weight& w) { forget(w.first), forget(w.second); }

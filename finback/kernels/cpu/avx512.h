@@ -57,6 +57,21 @@ struct Pairs {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
     static Floats dot(Floats sum, Weight w, Row x) { return _mm512_dpbf16_ps(sum, w, x); }
+
+    // Sixteen columns of two rows; both of 16 rows' numbers, and how they are kept to be told to all lanes.
+    using Share = bf16;
+    static Weight of(const bf16* first, const bf16* second) {
+        alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
+        both = _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)second), 1);
+        return (__m512bh)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+    }
+    static void keep(Share* out, Floats first, Floats second) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+        _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
 };
 
 // The bfloat16 of every E4M3 code without its sign: exact, or times a scale and rounded once.
