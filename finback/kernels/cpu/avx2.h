@@ -70,6 +70,14 @@ inline void store(int8_t* out, Floats x) {
     _mm_storeu_si128((__m128i*)out, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
 
+// Sixteen numbers of each, by turns.
+inline void interleave(bf16* out, const bf16* a, const bf16* b) {
+    __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
+    __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256((__m256i*)out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+}
+
 // What registers hold becomes unknown to the compiler.
 inline void forget(__m256& x) { asm volatile("" : "+x"(x)); }
 inline void forget(Floats& x) { forget(x.a), forget(x.b); }

@@ -37,6 +37,16 @@ inline void store(int8_t* out, Floats x) {
     _mm_storeu_si128((__m128i*)out, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
+// Sixteen numbers of each, by turns.
+inline __m512i by_turns(const bf16* first, const bf16* second) {
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
+    both = _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)second), 1);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+inline void interleave(bf16* out, const bf16* a, const bf16* b) { _mm512_storeu_si512(out, by_turns(a, b)); }
+
 // What a register holds becomes unknown to the compiler.
 template <class Register>
 inline void forget(Register& x) {
@@ -60,13 +70,7 @@ struct Pairs {
 
     // Sixteen columns of two rows; both of 16 rows' numbers, and how they are kept to be told to all lanes.
     using Share = bf16;
-    static Weight of(const bf16* first, const bf16* second) {
-        alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
-        both = _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)second), 1);
-        return (__m512bh)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
-    }
+    static Weight of(const bf16* first, const bf16* second) { return (__m512bh)by_turns(first, second); }
     static void keep(Share* out, Floats first, Floats second) {
         __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
         __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));

@@ -24,6 +24,8 @@
 
 #include "limits.h"
 
+#include "train_experts.h"
+
 namespace nb = nanobind;
 using namespace finback;
 
@@ -146,6 +148,36 @@ void bind_limits(nb::module_& m) {
         released);
 }
 
+void bind_training(nb::module_& m) {
+    nb::call_guard<nb::gil_scoped_release> released;
+    nb::class_<Matrix>(m, "Matrix")
+        .def("__init__", [](Matrix* self, uintptr_t data, i64 rows, i64 cols, i64 stride, bool wide) {
+            new (self) Matrix{at<void>(data), rows, cols, stride, wide};
+        });
+    nb::class_<TrainExperts> experts(m, "TrainExperts");
+    experts.def("__init__", [](TrainExperts* self, i64 tokens, i64 hidden, i64 width, i64 experts, i64 chosen, uintptr_t x,
+                               uintptr_t choice, uintptr_t weight, const Matrix& gate, const Matrix& up, const Matrix& down,
+                               i64 gate_next, i64 down_next) {
+        new (self) TrainExperts{tokens, hidden, width, experts, chosen, at<bf16>(x), at<int64_t>(choice), at<float>(weight),
+                                gate, up, down, gate_next, down_next};
+    });
+    experts.def(
+        "forward",
+        [](const TrainExperts& self, uintptr_t hidden, uintptr_t out, int threads) {
+            TrainExpertsRun(self, threads).forward(at<bf16>(hidden), at<bf16>(out));
+        },
+        released);
+    experts.def(
+        "backward",
+        [](const TrainExperts& self, uintptr_t hidden, uintptr_t grad, uintptr_t dx, uintptr_t d_gate, uintptr_t d_up,
+           uintptr_t d_down, uintptr_t d_weight, int threads) {
+            TrainExpertsGradients to{at<bf16>(grad), at<bf16>(dx), at<float>(d_gate), at<float>(d_up), at<float>(d_down),
+                                     at<float>(d_weight)};
+            TrainExpertsRun(self, threads).backward(at<bf16>(hidden), to);
+        },
+        released);
+}
+
 #if FINBACK_TILES
 // sums [rows, 16] += a [rows, depth] x b [depth / 4, 64], in bytes, by one product of tiles.
 void bind_tiles(nb::module_& m) {
@@ -192,4 +224,5 @@ NB_MODULE(FINBACK_MODULE, m) {
     bind_latent(m);
     bind_grouped(m);
     bind_limits(m);
+    bind_training(m);
 }
