@@ -5,7 +5,7 @@ from mutations import Mutation
 LAYOUT, STORE, READER, WRITER = "weights/layout.py", "weights/store.py", "weights/reader.py", "weights/writer.py"
 QUANTISE, WEIGHT, PACKS = "kernels/quantise.py", "model/weight.py", "weights/packs.py"
 TEST_FOLDER, TEST_ERRORS = "test_weights_folder.py", "test_weights_errors.py"
-PACKED = "test_weights_packed.py"
+PACKED, TIED = "test_weights_packed.py", "test_weights_tied.py"
 
 MUTATIONS = [
     Mutation(
@@ -180,5 +180,33 @@ MUTATIONS = [
         "",
         [f"{PACKED}::test_an_fp8_folder_is_what_deepseek_publishes"],
         "eh_proj is written in FP8, which nobody reads",
+    ),
+    Mutation(
+        READER,
+        'if form != "fp8" and head.weight.form is None:',
+        "if False:",
+        [f"{TIED}::test_the_head_is_int8_and_the_embedding_what_it_was"],
+        "a tied head of a small model is most of what a quantised token reads",
+    ),
+    Mutation(
+        LAYOUT,
+        "return self.name if whole or not self.twin else self.twin",
+        "return self.name if self.name in names or not self.twin else self.twin",
+        [f"{TIED}::test_a_head_in_the_file_is_not_looked_at"],
+        "a tied model multiplies by another table than its own",
+    ),
+    Mutation(
+        LAYOUT,
+        "head = embedding if tied else model.decoder.lm_head.weight.dense()",
+        "head = model.decoder.lm_head.weight.dense()",
+        [f"{TIED}::test_saving_gives_the_embedding_back"],
+        "a tied file is written with two different tables",
+    ),
+    Mutation(
+        "model/sizes.py",
+        'form in (None, "fp8") and not laid_out:',
+        'form in (None, "fp8"):',
+        ["test_weights_hostile.py::test_the_estimate_counts_what_the_model_takes"],
+        "a tied head in panels is not counted: the model is let in and has no room",
     ),
 ]

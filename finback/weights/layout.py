@@ -5,7 +5,7 @@ Source: DeepSeek-V3 `README_WEIGHTS.md`, `inference/convert.py`; transformers' m
 
 import re
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class Place:
 
     `tensors`: views by what their names on disk add to `name`: one, or the codes ("") and scales of a packed matrix.
     `weight`: whose matrix number `index` this is; None for what is no matrix product's (norms, embedding, router).
+    `twin`: the tensor of a checkpoint that has the same numbers, where a checkpoint does not hold this one.
     """
 
     name: str
@@ -33,6 +34,12 @@ class Place:
     shape: tuple[int, ...]
     weight: Weight | None = None
     index: Index = ()
+    twin: str = ""
+
+    def stored(self, names: Set[str]) -> str:
+        """Which of `names` it is read from."""
+        whole = all(self.name + suffix in names for suffix in self.tensors)
+        return self.name if whole or not self.twin else self.twin
 
     def values(self) -> Tensor:
         """The tensor itself, what is packed dequantised."""
@@ -49,7 +56,7 @@ class Place:
             for part, tensor in parts.items():
                 source.into(part, tensor)
         else:
-            for start, values in source.panels(self.name):
+            for start, values in source.panels(self.stored(names)):
                 self.fill(start, values)
         return sum(tensor.nbytes for tensor in parts.values())
 
@@ -78,15 +85,24 @@ def places(model: Model) -> Iterator[Place]:
                 yield Place(_disk_name(full), {"": value.data}, tuple(value.shape))
 
 
+def held(model: Model) -> Iterator[Place]:
+    """`places`, and the head of a tied model where it is packed: then it has numbers of its own, the embedding's."""
+    yield from places(model)
+    head = model.decoder.lm_head.weight
+    if model.config.tie_word_embeddings and head.form is not None:
+        yield from (replace(place, twin=EMBEDDING) for place in matrices("decoder.lm_head.weight", head))
+
+
 def copies(model: Model) -> Iterator[Place]:
     """The copies of embedding and head in each MTP layer, and a tied head's: allowed in a file, never loaded."""
-    embedding, head = model.decoder.embed_tokens.weight, model.decoder.lm_head.weight
-    twins = [HEAD] if model.config.tie_word_embeddings else []
+    embedding, tied = model.decoder.embed_tokens.weight, model.config.tie_word_embeddings
+    twins = [HEAD] if tied else []
     twins += [f"model.layers.{layer}.shared_head.head.weight" for layer in model.mtp]
     for name in (f"model.layers.{layer}.embed_tokens.weight" for layer in model.mtp):
         yield Place(name, {"": embedding.data}, tuple(embedding.shape))
     for name in twins:
-        yield Place(name, {"": head.dense().data}, tuple(head.shape))
+        head = embedding if tied else model.decoder.lm_head.weight.dense()
+        yield Place(name, {"": head.data}, tuple(head.shape))
 
 
 def is_kept(name: str) -> bool:

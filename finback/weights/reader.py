@@ -11,6 +11,7 @@ from torch import nn
 
 from finback import machine
 from finback.errors import UserError
+from finback.kernels.native import kernels
 from finback.kernels.quantise import FORMATS
 from finback.model.config import Config
 from finback.model.decoder import Model
@@ -62,7 +63,7 @@ def load(
     kept, place = _dtype(dtype, source), _device(device)
     form = quantize or ("fp8" if fp8_stored and dtype == "auto" else None)
     if not force and place.type == "cpu":
-        check_room(str(name_or_path), config, kept, form, context, expert_memory)
+        check_room(str(name_or_path), config, kept, form, context, expert_memory, native)
     with torch.device("meta"):
         model = Model(config)
         check(source, model)
@@ -121,17 +122,20 @@ def check_room(
     form: str | None,
     context: int,
     experts: int | None = None,
+    laid_out: bool = True,
 ) -> None:
     """Raise UserError, with the arithmetic and with what would fit, unless model and cache fit into free memory.
 
-    `experts`: at most so many bytes of routed experts are in memory.
+    `experts`: at most so many bytes of routed experts are in memory. `laid_out`: for native kernels, if there are any.
     """
     free = machine.memory_free()
-    need = memory(config, dtype.itemsize, form, context, experts)
+    laid_out = laid_out and kernels() is not None
+    panels = laid_out and dtype == torch.bfloat16 and experts is None
+    need = memory(config, dtype.itemsize, form, context, experts, panels)
     if free is None or need.total <= free:
         return
-    forms = {f"--quantize {name}": memory(config, 2, name, context).total for name in FORMATS}
-    forms |= {"--dtype bfloat16": memory(config, 2, None, context).total}
+    forms = {f"--quantize {name}": memory(config, 2, name, context, None, laid_out).total for name in FORMATS}
+    forms |= {"--dtype bfloat16": memory(config, 2, None, context, None, laid_out).total}
     left = int((free - memory(config, dtype.itemsize, form, context, 0).total) / 1.05) >> 20
     if left << 20 > 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize:  # at least one expert
         forms |= {f"--expert-memory {left}MiB": memory(config, dtype.itemsize, form, context, left << 20).total}
@@ -147,7 +151,8 @@ def check_room(
 def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | None = None) -> None:
     """Give the model's matrices their packed form, empty; those that are FP8 in `source`, or all where it is None.
 
-    In FP8 what DeepSeek keeps in BF16 stays dense; in int8 and int4 the head is int8, unless the embedding is its twin.
+    In FP8 what DeepSeek keeps in BF16 stays dense. In int8 and int4 the head is int8, a tied one as well: the embedding
+    stays as it is, and the head becomes a packed copy of it.
     """
     chosen = FORMATS[form]
     owners = {weight: (owner, name) for owner in model.modules() for name, weight in owner.named_children()}
@@ -159,13 +164,16 @@ def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | Non
             continue
         used = FORMATS["int8"] if name == layout.HEAD else chosen
         setattr(*owners[weight], PackedWeight(used, weight, dtype))
+    head = model.decoder.lm_head
+    if form != "fp8" and head.weight.form is None:  # tied: a checkpoint has no place for it
+        head.weight = PackedWeight(FORMATS["int8"], head.weight, dtype)
 
 
 def fill(model: Model, source: store.Source, name: str) -> None:
     """Read every tensor of the model from `source` but experts on disk, in the order of its files, several at once."""
-    places = (place for place in layout.places(model) if not place.tensors[""].is_meta)
-    todo = sorted(places, key=lambda place: source.position(place.name))
     names = source.names()
+    places = (place for place in layout.held(model) if not place.tensors[""].is_meta)
+    todo = sorted(places, key=lambda place: source.position(place.stored(names)))
     total = sum(tensor.nbytes for place in todo for tensor in place.tensors.values())
 
     @torch.no_grad()
