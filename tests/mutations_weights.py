@@ -5,7 +5,7 @@ from mutations import Mutation
 LAYOUT, STORE, READER, WRITER = "weights/layout.py", "weights/store.py", "weights/reader.py", "weights/writer.py"
 QUANTISE, WEIGHT, PACKS = "kernels/quantise.py", "model/weight.py", "weights/packs.py"
 TEST_FOLDER, TEST_ERRORS = "test_weights_folder.py", "test_weights_errors.py"
-PACKED, TIED = "test_weights_packed.py", "test_weights_tied.py"
+PACKED, TIED, LOAD = "test_weights_packed.py", "test_weights_tied.py", "test_weights_load.py"
 
 MUTATIONS = [
     Mutation(
@@ -208,5 +208,33 @@ MUTATIONS = [
         'form in (None, "fp8"):',
         ["test_weights_hostile.py::test_the_estimate_counts_what_the_model_takes"],
         "a tied head in panels is not counted: the model is let in and has no room",
+    ),
+    Mutation(
+        READER,
+        "        make_room(model)\n",
+        "        pass\n",
+        [f"{LOAD}::test_loading_takes_the_weights_and_little_more"],
+        "a model that just fits is read into plain tensors first, and has no room for its panels",
+    ),
+    Mutation(
+        READER,
+        "if buffer.is_meta:",
+        "if True:",
+        [f"{LOAD}::test_panels_hold_what_plain_tensors_do"],
+        "panels become zeros of ordinary memory",
+    ),
+    Mutation(
+        LAYOUT,
+        "source.rows(self.name + form.suffix, scales.start, scales.stop)",
+        "source.rows(self.name + form.suffix, 0, scales.stop - scales.start)",
+        [f"{LOAD}::test_panels_hold_what_plain_tensors_do"],
+        "all rows of a pack have the scales of the first ones",
+    ),
+    Mutation(
+        "kernels/native.py",
+        "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS",
+        "flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS",
+        [f"{LOAD}::test_panels_may_lie_in_huge_pages"],
+        "weights never lie in huge pages, and reading them is slower, which nothing says",
     ),
 ]

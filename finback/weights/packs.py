@@ -27,7 +27,7 @@ def find(packed: Model, model: Path, form: str, dtype: torch.dtype) -> store.Sou
         if read_json(kept / _STAMP) != _stamp(model):
             return None
         source = store.Checkpoint(kept)
-        wanted = {p.name + suffix: t for p in layout.held(packed) for suffix, t in p.tensors.items()}
+        wanted = {p.name + suffix: t for p in layout.held(packed) for suffix, t in p.kinds.items()}
         whole = wanted.keys() == source.names() and all(source.shape(n) == t.shape for n, t in wanted.items())
         return source if whole else None
     except UserError:  # damaged: it is made anew

@@ -15,7 +15,7 @@ from finback.kernels.native import kernels
 from finback.kernels.quantise import FORMATS
 from finback.model.config import Config
 from finback.model.decoder import Model
-from finback.model.fused import lay_out
+from finback.model.fused import lay_out, make_room
 from finback.model.moe import Router
 from finback.model.sizes import memory
 from finback.model.weight import PackedWeight
@@ -23,7 +23,7 @@ from finback.paths import model_path, read_json
 from finback.progress import bar
 from finback.text import Tokenizer, tokenizer_from_gguf
 from finback.weights import layout, packs, store
-from finback.weights.disk import HotExperts
+from finback.weights.disk import DiskWeight, HotExperts
 from finback.weights.gguf_file import GGUF
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,6 +70,9 @@ def load(
         if form is not None:
             pack(model, form, kept, source if quantize is None else None)
     hot = None if expert_memory is None else HotExperts(model, expert_memory, kept, place)
+    native = native and hot is None and place.type == "cpu"
+    if native and kept == torch.bfloat16:
+        make_room(model)
     _materialise(model, kept, place)
     cached = packs.find(model, path, quantize, kept) if quantize is not None else None
     fill(model, cached or source, path.name)
@@ -82,7 +85,7 @@ def load(
         if hot is not None and written is not None:
             hot.connect(written)
     model.eval()
-    if native and hot is None:
+    if native:
         lay_out(model)
     return model
 
@@ -172,9 +175,9 @@ def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | Non
 def fill(model: Model, source: store.Source, name: str) -> None:
     """Read every tensor of the model from `source` but experts on disk, in the order of its files, several at once."""
     names = source.names()
-    places = (place for place in layout.held(model) if not place.tensors[""].is_meta)
+    places = (place for place in layout.held(model) if not isinstance(place.weight, DiskWeight))
     todo = sorted(places, key=lambda place: source.position(place.stored(names)))
-    total = sum(tensor.nbytes for place in todo for tensor in place.tensors.values())
+    total = sum(tensor.nbytes for place in todo for tensor in place.kinds.values())
 
     @torch.no_grad()
     def read(place: layout.Place) -> int:
@@ -249,7 +252,8 @@ def _materialise(model: Model, dtype: torch.dtype, device: torch.device) -> None
                 made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kept, device=device))
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _dtype(dtype: str | torch.dtype, source: store.Source) -> torch.dtype:
