@@ -7,6 +7,7 @@ from typing import Any
 from finback.errors import UserError
 from finback.kernels import native
 from finback.kernels.quantise import FORMATS
+from finback.model.config import Config
 from finback.model.sizes import cache_numbers, memory, sizes
 from finback.paths import model_path, read_json
 from finback.weights.gguf_file import parts
@@ -59,8 +60,12 @@ def describe(model: str) -> dict[str, Any]:
         if scaled is None
         else f"x{scaled.factor:g} from {scaled.original_max_position_embeddings:,}",
         "licence": _licence(path if path.is_dir() else path.parent),
-        **{f"memory_{form or 'bfloat16'}": memory(config, 2, form, _CONTEXT).total for form in (None, *FORMATS)},
+        **{f"memory_{form or 'bfloat16'}": _memory(config, form) for form in (None, *FORMATS)},
     }
+
+
+def _memory(config: Config, form: str | None) -> int:
+    return memory(config, 2, form, _CONTEXT, laid_out=native.kernels() is not None).total
 
 
 def _licence(folder: Path) -> str | None:

@@ -121,8 +121,8 @@ MUTATIONS = [
     ),
     Mutation(
         "weights/layout.py",
-        'source.dtype(self.name) == self.tensors[""].dtype',
-        'source.dtype(self.name) == self.tensors[""].dtype and len(parts) == 1',
+        'source.dtype(self.name) == kinds[""].dtype',
+        'source.dtype(self.name) == kinds[""].dtype and len(kinds) == 1',
         [f"{PACKED}::test_fp8_codes_are_never_rounded_again"],
         "FP8 codes are dequantised and rounded again",
     ),

@@ -5,7 +5,7 @@ from mutations import Mutation
 LAYOUT, STORE, READER, WRITER = "weights/layout.py", "weights/store.py", "weights/reader.py", "weights/writer.py"
 QUANTISE, WEIGHT, PACKS = "kernels/quantise.py", "model/weight.py", "weights/packs.py"
 TEST_FOLDER, TEST_ERRORS = "test_weights_folder.py", "test_weights_errors.py"
-PACKED = "test_weights_packed.py"
+PACKED, TIED, LOAD = "test_weights_packed.py", "test_weights_tied.py", "test_weights_load.py"
 
 MUTATIONS = [
     Mutation(
@@ -180,5 +180,61 @@ MUTATIONS = [
         "",
         [f"{PACKED}::test_an_fp8_folder_is_what_deepseek_publishes"],
         "eh_proj is written in FP8, which nobody reads",
+    ),
+    Mutation(
+        READER,
+        'if form != "fp8" and head.weight.form is None:',
+        "if False:",
+        [f"{TIED}::test_the_head_is_int8_and_the_embedding_what_it_was"],
+        "a tied head of a small model is most of what a quantised token reads",
+    ),
+    Mutation(
+        LAYOUT,
+        "return self.name if whole or not self.twin else self.twin",
+        "return self.name if self.name in names or not self.twin else self.twin",
+        [f"{TIED}::test_a_head_in_the_file_is_not_looked_at"],
+        "a tied model multiplies by another table than its own",
+    ),
+    Mutation(
+        LAYOUT,
+        "head = embedding if tied else model.decoder.lm_head.weight.dense()",
+        "head = model.decoder.lm_head.weight.dense()",
+        [f"{TIED}::test_saving_gives_the_embedding_back"],
+        "a tied file is written with two different tables",
+    ),
+    Mutation(
+        "model/sizes.py",
+        'form in (None, "fp8") and not laid_out:',
+        'form in (None, "fp8"):',
+        ["test_weights_hostile.py::test_the_estimate_counts_what_the_model_takes"],
+        "a tied head in panels is not counted: the model is let in and has no room",
+    ),
+    Mutation(
+        READER,
+        "        make_room(model)\n",
+        "        pass\n",
+        [f"{LOAD}::test_loading_takes_the_weights_and_little_more"],
+        "a model that just fits is read into plain tensors first, and has no room for its panels",
+    ),
+    Mutation(
+        READER,
+        "if buffer.is_meta:",
+        "if True:",
+        [f"{LOAD}::test_panels_hold_what_plain_tensors_do"],
+        "panels become zeros of ordinary memory",
+    ),
+    Mutation(
+        LAYOUT,
+        "source.rows(self.name + form.suffix, scales.start, scales.stop)",
+        "source.rows(self.name + form.suffix, 0, scales.stop - scales.start)",
+        [f"{LOAD}::test_panels_hold_what_plain_tensors_do"],
+        "all rows of a pack have the scales of the first ones",
+    ),
+    Mutation(
+        "kernels/native.py",
+        "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS",
+        "flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS",
+        [f"{LOAD}::test_panels_may_lie_in_huge_pages"],
+        "weights never lie in huge pages, and reading them is slower, which nothing says",
     ),
 ]

@@ -63,11 +63,12 @@ def test_bytes_read_of_a_dense_model_grow_by_embeddings_alone():
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
-def test_bytes_read_of_packed_weights(form):
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_read_of_packed_weights(form, tied):
     """Within 1 %: what a scale adds depends a little on a matrix's width."""
     layers = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "hidden_size": 1024, "intermediate_size": 2048}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = Config(vocab_size=8192, **layers, **experts)
+    config = Config(vocab_size=8192, tie_word_embeddings=tied, **layers, **experts)
     model = built(config).bfloat16()
     with torch.device("meta"):
         pack(model, form, torch.bfloat16)

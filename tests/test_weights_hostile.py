@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -269,16 +270,20 @@ def test_a_model_that_has_no_room_is_refused_with_the_arithmetic(folder, monkeyp
     refused(folder, "only a smaller model")
 
 
-def test_the_estimate_counts_what_the_model_takes(folder):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_estimate_counts_what_the_model_takes(folder, tied):
     """Weights of every form to 2 % for a model whose matrices are large; the cache to the byte."""
+    from finback.kernels.native import kernels
     from finback.model.sizes import cache_numbers, memory
 
-    config = tiny(hidden_size=512, intermediate_size=1024, moe_intermediate_size=512, vocab_size=2048, kv_lora_rank=128)
+    large = {"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 512, "kv_lora_rank": 128}
+    config = tiny(**large, vocab_size=2048, tie_word_embeddings=tied)
     save(tiny_model(config), None, folder)
-    for form in (None, "fp8", "int8", "int4"):
-        model = load(folder, quantize=form)
-        held = {t.data_ptr(): t.nbytes for n, t in model.state_dict().items()}
-        assert memory(config, 4, form, 100).weights == pytest.approx(sum(held.values()), rel=0.02), form
+    for form, size in product((None, "fp8", "int8", "int4"), (4, 2)):
+        model = load(folder, "float32" if size == 4 else "bfloat16", quantize=form)
+        kept = {t.data_ptr(): t.nbytes for n, t in model.state_dict().items()}  # by turns: from one half the other
+        laid_out = size == 2 and kernels() is not None
+        assert memory(config, size, form, 100, None, laid_out).weights == pytest.approx(sum(kept.values()), rel=0.02)
     assert memory(config, 4, None, 100).cache == 100 * 4 * cache_numbers(config)
     assert memory(config, 4, None, 10**6).cache == config.max_position_embeddings * 4 * cache_numbers(config)
 

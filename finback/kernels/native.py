@@ -156,7 +156,7 @@ def memory(*shape: int) -> Tensor:
         size *= each
     if size < 1 << 21 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=torch.uint8)
-    area = mmap.mmap(-1, size)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
     with suppress(OSError):  # a kernel without them
         area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=torch.uint8).view(shape)

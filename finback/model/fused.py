@@ -3,6 +3,7 @@
 Each takes the residual stream in bfloat16 and adds to it in place: nothing between the matrices is seen by Python.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from finback.kernels import native, panels
 from finback.model.attention import Context, LatentAttention, Pages
 from finback.model.block import Block
+from finback.model.decoder import Model
 from finback.model.linear import MLP, RMSNorm
 from finback.model.moe import MoE, Routing
 from finback.model.weight import DenseWeight, PackedWeight, PanelWeight, Weight
@@ -25,22 +27,38 @@ def lay_out(model: nn.Module) -> bool:
     """
     if native.kernels() is None:
         return False
-    for mlp in [module for module in model.modules() if isinstance(module, MLP)]:
-        _by_turns(mlp)
-    owners = [(owner, name) for owner in model.modules() for name, weight in owner.named_children() if _fits(weight)]
-    for owner, name in owners:
-        setattr(owner, name, PanelWeight(getattr(owner, name)))
-    if owners:
+    _into_panels(model, _fits)
+    if laid := any(isinstance(module, PanelWeight) for module in model.modules()):
         model.requires_grad_(False)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.fused = Fused.of(block)
-    return bool(owners)
+    return laid
 
 
-def _by_turns(mlp: Any) -> None:
+def make_room(model: Model) -> None:
+    """Give a model on the meta device, to be read in bfloat16, empty panels: then `lay_out` finds them filled.
+
+    A tied head that is not packed waits for `lay_out`: a checkpoint has its numbers as the embedding alone.
+    """
+    if native.kernels() is not None:
+        table = model.decoder.embed_tokens.weight
+        weights = {weight for weight in model.modules() if isinstance(weight, Weight)}
+        shared = {weight for weight in weights if weight.form is None and weight.dense() is table}
+        _into_panels(model, (weights - shared).__contains__)
+
+
+def _into_panels(model: nn.Module, fits: Callable[[nn.Module], bool]) -> None:
+    for mlp in [module for module in model.modules() if isinstance(module, MLP)]:
+        _by_turns(mlp, fits)
+    owners = [(owner, name) for owner in model.modules() for name, weight in owner.named_children() if fits(weight)]
+    for owner, name in owners:
+        setattr(owner, name, PanelWeight(getattr(owner, name)))
+
+
+def _by_turns(mlp: Any, fits: Callable[[nn.Module], bool]) -> None:
     """Gate and up projection share memory, a panel of each by turns: one pass has a number of both together."""
     gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-    if _fits(gate) and _fits(up) and gate.form is up.form:
+    if fits(gate) and fits(up) and gate.form is up.form:
         rows, size = PanelWeight.area(gate)
         both = native.memory(2 * rows, size)
         mlp.gate_proj.weight, mlp.up_proj.weight = PanelWeight(gate, both[::2]), PanelWeight(up, both[1::2])

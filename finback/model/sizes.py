@@ -97,17 +97,25 @@ _PACKED = {"fp8": 1 + 4 / 128**2, "int8": 1 + 4 / 1024, "int4": 0.5 + 2 / 32}
 
 
 def memory(
-    config: Config, dtype_bytes: int, form: str | None, context: int, expert_memory: int | None = None
+    config: Config,
+    dtype_bytes: int,
+    form: str | None,
+    context: int,
+    expert_memory: int | None = None,
+    laid_out: bool = False,
 ) -> Memory:
     """What a model takes in memory, all its MTP modules included, with matrices in `form` ("fp8", "int8", "int4").
 
-    `expert_memory`: the most bytes that routed experts take, the others on disk. The margin is 0.3 GiB and 5 % of the
-    weights.
+    `expert_memory`: the most bytes that routed experts take, the others on disk. `laid_out`: in panels for native
+    kernels, where a tied head has numbers of its own. The margin is 0.3 GiB and 5 % of the weights.
     """
     count = sizes(config)
     matrices = count.attention + count.dense_mlp + count.routed_experts + count.shared_experts + count.mtp
-    packed, head = _bytes_of(config, dtype_bytes, form)
-    weights = matrices * packed + (count.embedding + count.norms) * dtype_bytes + count.head * head + count.router * 4
+    packed, head = _bytes_of(dtype_bytes, form)
+    if config.tie_word_embeddings and form in (None, "fp8") and not laid_out:
+        head = 0
+    weights = matrices * packed + (count.embedding + count.norms) * dtype_bytes + count.router * 4
+    weights += count.embedding * head
     if expert_memory is not None:
         experts = (count.routed_experts + _mtp_experts(config)) * packed
         weights -= max(experts - expert_memory, 0)
@@ -122,7 +130,7 @@ def bytes_read(config: Config, rows: int, dtype_bytes: int, form: str | None = N
     expected. Of the embedding only the rows' own lines are read.
     """
     count = sizes(config)
-    packed, head_bytes = _bytes_of(config, dtype_bytes, form)
+    packed, head_bytes = _bytes_of(dtype_bytes, form)
     chosen = config.num_experts_per_tok / config.n_routed_experts if count.routed_experts else 0.0
     routed = count.routed_experts * (1 - (1 - chosen) ** rows)
     matrices = count.attention + count.dense_mlp + count.shared_experts + routed
@@ -144,10 +152,9 @@ def flops_per_token(config: Config, context: int) -> int:
     return 2 * weights + 2 * config.num_hidden_layers * per_pair * context
 
 
-def _bytes_of(config: Config, dtype_bytes: int, form: str | None) -> tuple[float, float]:
+def _bytes_of(dtype_bytes: int, form: str | None) -> tuple[float, float]:
     """Bytes of a number in the layers' matrices and in the head, which is as large as the embedding."""
-    head = dtype_bytes if form in (None, "fp8") or config.tie_word_embeddings else _PACKED["int8"]
-    return _PACKED.get(form or "", dtype_bytes), head
+    return _PACKED.get(form or "", dtype_bytes), dtype_bytes if form in (None, "fp8") else _PACKED["int8"]
 
 
 def _norms(config: Config) -> int:

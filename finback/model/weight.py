@@ -41,9 +41,22 @@ class Weight(nn.Module, ABC):
     def linear(self, x: Tensor, expert: int | None = None) -> Tensor:
         """x Wᵀ, of one matrix or of one expert's: [..., in] to [..., parts · out]."""
 
-    @abstractmethod
     def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
-        """Every single matrix as the tensors it is stored in, by what their names on disk add: views."""
+        """Every single matrix with its `piece`."""
+        return ((index, self.piece(index)) for index in self.indices())
+
+    @abstractmethod
+    def piece(self, index: Index) -> dict[str, Tensor]:
+        """One matrix as the tensors it is stored in, by what their names on disk add: views, where it lies so."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """The same of any matrix on the meta device: types and shapes alone."""
+        rows, cols = self.shape[-2] // self.parts, self.shape[-1]
+        if self.form is None:
+            return {"": torch.empty(rows, cols, dtype=self.dtype, device="meta")}
+        types, shapes = (self.form.code_dtype, self.form.scale_dtype), self.form.shapes(rows, cols)
+        made = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, types, strict=True))
+        return dict(zip(("", self.form.suffix), made, strict=True))
 
     @abstractmethod
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
@@ -64,18 +77,15 @@ class DenseWeight(Weight):
     def linear(self, x: Tensor, expert: int | None = None) -> Tensor:
         return dispatch.linear(x, self.value if expert is None else self.value[expert])
 
-    def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
-        if len(self.shape) == 2:
-            yield (), {"": self.value.data}
-            return
-        for expert, matrix in enumerate(self.value.data):
-            yield from (((expert, part), {"": piece}) for part, piece in enumerate(matrix.chunk(self.parts)))
+    def piece(self, index: Index) -> dict[str, Tensor]:
+        matrix = self.value.data
+        return {"": matrix[index[0]].chunk(self.parts)[index[1]] if index else matrix}
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"": torch.empty_like(self.piece(self.indices()[0])[""], device="meta")}
 
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
-        matrix = self.value.data
-        if index:
-            matrix = matrix[index[0]].chunk(self.parts)[index[1]]
-        matrix[start : start + len(values_RC)].copy_(values_RC)
+        self.piece(index)[""][start : start + len(values_RC)].copy_(values_RC)
 
 
 class PackedWeight(Weight):
@@ -109,8 +119,8 @@ class PackedWeight(Weight):
                 outs.append(F.linear(x, self.form.dequantise(*here, self.cols, x.dtype)))
         return torch.cat(outs, dim=-1)
 
-    def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
-        yield from ((index, {"": self.codes[index], self.form.suffix: self.scale[index]}) for index in self.indices())
+    def piece(self, index: Index) -> dict[str, Tensor]:
+        return {"": self.codes[index], self.form.suffix: self.scale[index]}
 
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
         rows = slice(start, start + len(values_RC))
@@ -129,15 +139,18 @@ class PanelWeight(Weight):
     panels: Tensor
 
     def __init__(self, like: Weight, place: Tensor | None = None) -> None:
-        """`place`: the panels' memory, where it is shared; new where None."""
+        """The numbers of `like`, or room for them where it is on the meta device.
+
+        `place`: the panels' memory, where it is shared; new where None.
+        """
         super().__init__()
         self.form, self.shape, self.parts, self.dtype = like.form, like.shape, like.parts, torch.bfloat16
         self.name = None if like.form is None else like.form.name
         self.rows, self.cols = self.shape[-2] // self.parts, self.shape[-1]
         self.register_buffer("panels", native.memory(*self.area(like)) if place is None else place)
         for index, tensors in like.pieces():
-            codes, *scale = tensors.values()
-            native.lay(self.name, codes, scale[0] if scale else None, self.cols, self._place(index))
+            if not tensors[""].is_meta:
+                self.lay(index, 0, *tensors.values())
 
     @staticmethod
     def area(like: Weight) -> tuple[int, ...]:
@@ -166,13 +179,15 @@ class PanelWeight(Weight):
         out = [native.linear(x, self.matrix(index), self.rows) for index in indices]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
-    def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
-        for index in self.indices():
-            codes, scale = panels.unlay(self.name, self._place(index).contiguous(), self.rows, self.cols)
-            yield index, {"": codes} if self.form is None or scale is None else {"": codes, self.form.suffix: scale}
+    def piece(self, index: Index) -> dict[str, Tensor]:
+        codes, scale = panels.unlay(self.name, self._place(index).contiguous(), self.rows, self.cols)
+        return {"": codes} if self.form is None or scale is None else {"": codes, self.form.suffix: scale}
 
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
-        codes, scale = (values_RC.bfloat16(), None) if self.form is None else self.form.quantise(values_RC)
+        self.lay(index, start, *((values_RC.bfloat16(),) if self.form is None else self.form.quantise(values_RC)))
+
+    def lay(self, index: Index, start: int, codes: Tensor, scale: Tensor | None = None) -> None:
+        """Store rows start .. start + len(codes) - 1 of one matrix as they are; start is a multiple of 128."""
         native.lay(self.name, codes, scale, self.cols, self._place(index), start)
 
     def _dense(self, index: Index) -> Tensor:

@@ -45,14 +45,9 @@ class DiskWeight(Weight):
         """The whole stack, read anew."""
         return torch.cat([self.hot.read(self.layer, e, self.stack).dense() for e in range(self.shape[0])])
 
-    def pieces(self) -> Iterator[tuple[Index, dict[str, Tensor]]]:
-        """As of any stack, each expert read when its turn comes; on the meta device before `HotExperts.connect`."""
-        if self.hot.source is None:
-            yield from self.hot.templates[self.layer][self.stack].pieces()
-            return
-        for expert in range(self.shape[0]):
-            one = self.hot.read(self.layer, expert, self.stack)
-            yield from (((expert, index[1]), tensors) for index, tensors in one.pieces())
+    def piece(self, index: Index) -> dict[str, Tensor]:
+        """As of any stack, read anew."""
+        return self.hot.read(self.layer, index[0], self.stack, index[1]).piece((0, index[1]))
 
     def fill(self, index: Index, start: int, values_RC: Tensor) -> None:
         raise UserError("experts on disk cannot be written: load without expert_memory")
@@ -130,10 +125,10 @@ class HotExperts:
             self._entries.move_to_end((layer, expert))
             yield entry
 
-    def read(self, layer: str, expert: int, stack: str) -> Weight:
-        """One of an expert's stacks in memory of its own, past the hot ones and uncounted."""
+    def read(self, layer: str, expert: int, stack: str, part: int | None = None) -> Weight:
+        """One of an expert's stacks, or one part of it, in memory of its own, past the hot ones and uncounted."""
         one = _one(self.templates[layer][stack], self.dtype, self.device)
-        self._fill(self._places(layer, expert, {stack: one}))
+        self._fill([place for place in self._places(layer, expert, {stack: one}) if part in (None, place.index[1])])
         return one
 
     def _fetch(self, layer: str, expert: int) -> Entry:

@@ -5,12 +5,13 @@ Source: DeepSeek-V3 `README_WEIGHTS.md`, `inference/convert.py`; transformers' m
 
 import re
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from finback.kernels.quantise import Format
 from finback.model.decoder import Model
-from finback.model.weight import Index, Weight
+from finback.model.weight import Index, PanelWeight, Weight
 from finback.weights import store
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -24,15 +25,36 @@ _STACKS = {"gate_up": ("gate", "up"), "down": ("down",)}
 class Place:
     """A tensor of a checkpoint and where it lives in the model.
 
-    `tensors`: views by what their names on disk add to `name`: one, or the codes ("") and scales of a packed matrix.
-    `weight`: whose matrix number `index` this is; None for what is no matrix product's (norms, embedding, router).
+    `weight`: whose matrix number `index` this is; None for what is no matrix product's (norms, embedding, router): that
+    is `own`. `twin`: the tensor of a checkpoint that has the same numbers, where it does not hold this one.
     """
 
     name: str
-    tensors: dict[str, Tensor]
     shape: tuple[int, ...]
+    own: Tensor | None = None
     weight: Weight | None = None
     index: Index = ()
+    twin: str = ""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By what their names on disk add to `name`: one, or the codes ("") and scales of a packed matrix."""
+        return {"": self.own} if self.own is not None else self._owner.piece(self.index)
+
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        """The same, of which nothing but types and shapes is looked at."""
+        return {"": self.own} if self.own is not None else self._owner.stored()
+
+    @property
+    def _owner(self) -> Weight:
+        assert self.weight is not None
+        return self.weight
+
+    def stored(self, names: Set[str]) -> str:
+        """Which of `names` it is read from."""
+        whole = all(self.name + suffix in names for suffix in self.kinds)
+        return self.name if whole or not self.twin else self.twin
 
     def values(self) -> Tensor:
         """The tensor itself, what is packed dequantised."""
@@ -43,20 +65,31 @@ class Place:
 
     def read(self, source: store.Source, names: Set[str]) -> int:
         """Fill it from `source`, which holds `names`; returns its bytes."""
-        parts = {self.name + suffix: tensor for suffix, tensor in self.tensors.items()}
+        kinds, weight = self.kinds, self.weight
         # Numbers, or codes with their scales, as they are to be held; else floats, to be rounded or packed.
-        if parts.keys() <= names and source.dtype(self.name) == self.tensors[""].dtype:
-            for part, tensor in parts.items():
-                source.into(part, tensor)
+        exact = all(self.name + part in names for part in kinds) and source.dtype(self.name) == kinds[""].dtype
+        if exact and not isinstance(weight, PanelWeight):
+            for suffix, tensor in self.tensors.items():
+                source.into(self.name + suffix, tensor)
+        elif exact and isinstance(weight, PanelWeight) and weight.form is not None:
+            self._lay(source, weight, weight.form)
         else:
-            for start, values in source.panels(self.name):
+            for start, values in source.panels(self.stored(names)):
                 self.fill(start, values)
-        return sum(tensor.nbytes for tensor in parts.values())
+        return sum(tensor.nbytes for tensor in kinds.values())
+
+    def _lay(self, source: store.Source, weight: PanelWeight, form: Format) -> None:
+        """Codes and scales into panels, some rows at a time: no plain copy ever stands."""
+        for start, stop in store.panel_rows(self.shape):
+            scales = form.scale_rows(slice(start, stop))
+            scale = source.rows(self.name + form.suffix, scales.start, scales.stop)
+            weight.lay(self.index, start, source.rows(self.name, start, stop), scale.to(form.scale_dtype))
 
     def fill(self, start: int, values: Tensor) -> None:
         """Store rows start .. start + len(values) - 1 of it, given as floats."""
         if self.weight is None:
-            self.tensors[""][start : start + len(values)].copy_(values)
+            assert self.own is not None
+            self.own[start : start + len(values)].copy_(values)
         else:
             self.weight.fill(self.index, start, values)
 
@@ -75,18 +108,27 @@ def places(model: Model) -> Iterator[Place]:
             continue
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if (full := f"{path}.{name}") in kept:
-                yield Place(_disk_name(full), {"": value.data}, tuple(value.shape))
+                yield Place(_disk_name(full), tuple(value.shape), value.data)
+
+
+def held(model: Model) -> Iterator[Place]:
+    """`places`, and the head of a tied model where it is packed: then it has numbers of its own, the embedding's."""
+    yield from places(model)
+    head = model.decoder.lm_head.weight
+    if model.config.tie_word_embeddings and head.form is not None:
+        yield from (replace(place, twin=EMBEDDING) for place in matrices("decoder.lm_head.weight", head))
 
 
 def copies(model: Model) -> Iterator[Place]:
     """The copies of embedding and head in each MTP layer, and a tied head's: allowed in a file, never loaded."""
-    embedding, head = model.decoder.embed_tokens.weight, model.decoder.lm_head.weight
-    twins = [HEAD] if model.config.tie_word_embeddings else []
+    embedding, tied = model.decoder.embed_tokens.weight, model.config.tie_word_embeddings
+    twins = [HEAD] if tied else []
     twins += [f"model.layers.{layer}.shared_head.head.weight" for layer in model.mtp]
     for name in (f"model.layers.{layer}.embed_tokens.weight" for layer in model.mtp):
-        yield Place(name, {"": embedding.data}, tuple(embedding.shape))
+        yield Place(name, tuple(embedding.shape), embedding.data)
     for name in twins:
-        yield Place(name, {"": head.dense().data}, tuple(head.shape))
+        head = embedding if tied else model.decoder.lm_head.weight.dense()
+        yield Place(name, tuple(head.shape), head.data)
 
 
 def is_kept(name: str) -> bool:
@@ -103,9 +145,9 @@ def matrices(path: str, weight: Weight, first: int = 0) -> Iterator[Place]:
     """The matrices of the module at `path`; `weight` may hold a part of its stack, from expert `first` on."""
     shape = (weight.shape[-2] // weight.parts, weight.shape[-1])
     prefix, _, stack = path.rpartition(".")
-    for index, tensors in weight.pieces():
+    for index in weight.indices():
         name = f"{prefix}.{first + index[0]}.{_STACKS[stack][index[1]]}_proj.weight" if index else path
-        yield Place(_disk_name(name), tensors, shape, weight, index)
+        yield Place(_disk_name(name), shape, None, weight, index)
 
 
 def _disk_name(path: str) -> str:

@@ -27,7 +27,7 @@ def find(packed: Model, model: Path, form: str, dtype: torch.dtype) -> store.Sou
         if read_json(kept / _STAMP) != _stamp(model):
             return None
         source = store.Checkpoint(kept)
-        wanted = {p.name + suffix: t for p in layout.places(packed) for suffix, t in p.tensors.items()}
+        wanted = {p.name + suffix: t for p in layout.held(packed) for suffix, t in p.kinds.items()}
         whole = wanted.keys() == source.names() and all(source.shape(n) == t.shape for n, t in wanted.items())
         return source if whole else None
     except UserError:  # damaged: it is made anew
@@ -39,7 +39,7 @@ def keep(packed: Model, model: Path, form: str, dtype: torch.dtype) -> store.Sou
     try:
         with atomic_folder(_place(model, form, dtype)) as temporary:
             # One at a time: those of experts on disk are read when their turn comes.
-            held = ((p.name + suffix, tensor) for p in layout.places(packed) for suffix, tensor in p.tensors.items())
+            held = ((p.name + suffix, tensor) for p in layout.held(packed) for suffix, tensor in p.tensors.items())
             # Small shards: each is copied on its way to disk, beside a model that may just fit.
             whole = memory(packed.config, dtype.itemsize, form, 0).weights
             store.write(temporary, held, max(_SHARD, whole // 256))

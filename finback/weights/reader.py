@@ -11,10 +11,11 @@ from torch import nn
 
 from finback import machine
 from finback.errors import UserError
+from finback.kernels.native import kernels
 from finback.kernels.quantise import FORMATS
 from finback.model.config import Config
 from finback.model.decoder import Model
-from finback.model.fused import lay_out
+from finback.model.fused import lay_out, make_room
 from finback.model.moe import Router
 from finback.model.sizes import memory
 from finback.model.weight import PackedWeight
@@ -22,7 +23,7 @@ from finback.paths import model_path, read_json
 from finback.progress import bar
 from finback.text import Tokenizer, tokenizer_from_gguf
 from finback.weights import layout, packs, store
-from finback.weights.disk import HotExperts
+from finback.weights.disk import DiskWeight, HotExperts
 from finback.weights.gguf_file import GGUF
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,13 +63,16 @@ def load(
     kept, place = _dtype(dtype, source), _device(device)
     form = quantize or ("fp8" if fp8_stored and dtype == "auto" else None)
     if not force and place.type == "cpu":
-        check_room(str(name_or_path), config, kept, form, context, expert_memory)
+        check_room(str(name_or_path), config, kept, form, context, expert_memory, native)
     with torch.device("meta"):
         model = Model(config)
         check(source, model)
         if form is not None:
             pack(model, form, kept, source if quantize is None else None)
     hot = None if expert_memory is None else HotExperts(model, expert_memory, kept, place)
+    native = native and hot is None and place.type == "cpu"
+    if native and kept == torch.bfloat16:
+        make_room(model)
     _materialise(model, kept, place)
     cached = packs.find(model, path, quantize, kept) if quantize is not None else None
     fill(model, cached or source, path.name)
@@ -81,7 +85,7 @@ def load(
         if hot is not None and written is not None:
             hot.connect(written)
     model.eval()
-    if native and hot is None:
+    if native:
         lay_out(model)
     return model
 
@@ -121,17 +125,20 @@ def check_room(
     form: str | None,
     context: int,
     experts: int | None = None,
+    laid_out: bool = True,
 ) -> None:
     """Raise UserError, with the arithmetic and with what would fit, unless model and cache fit into free memory.
 
-    `experts`: at most so many bytes of routed experts are in memory.
+    `experts`: at most so many bytes of routed experts are in memory. `laid_out`: for native kernels, if there are any.
     """
     free = machine.memory_free()
-    need = memory(config, dtype.itemsize, form, context, experts)
+    laid_out = laid_out and kernels() is not None
+    panels = laid_out and dtype == torch.bfloat16 and experts is None
+    need = memory(config, dtype.itemsize, form, context, experts, panels)
     if free is None or need.total <= free:
         return
-    forms = {f"--quantize {name}": memory(config, 2, name, context).total for name in FORMATS}
-    forms |= {"--dtype bfloat16": memory(config, 2, None, context).total}
+    forms = {f"--quantize {name}": memory(config, 2, name, context, None, laid_out).total for name in FORMATS}
+    forms |= {"--dtype bfloat16": memory(config, 2, None, context, None, laid_out).total}
     left = int((free - memory(config, dtype.itemsize, form, context, 0).total) / 1.05) >> 20
     if left << 20 > 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize:  # at least one expert
         forms |= {f"--expert-memory {left}MiB": memory(config, dtype.itemsize, form, context, left << 20).total}
@@ -147,7 +154,8 @@ def check_room(
 def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | None = None) -> None:
     """Give the model's matrices their packed form, empty; those that are FP8 in `source`, or all where it is None.
 
-    In FP8 what DeepSeek keeps in BF16 stays dense; in int8 and int4 the head is int8, unless the embedding is its twin.
+    In FP8 what DeepSeek keeps in BF16 stays dense. In int8 and int4 the head is int8, a tied one as well: the embedding
+    stays as it is, and the head becomes a packed copy of it.
     """
     chosen = FORMATS[form]
     owners = {weight: (owner, name) for owner in model.modules() for name, weight in owner.named_children()}
@@ -159,14 +167,17 @@ def pack(model: Model, form: str, dtype: torch.dtype, source: store.Source | Non
             continue
         used = FORMATS["int8"] if name == layout.HEAD else chosen
         setattr(*owners[weight], PackedWeight(used, weight, dtype))
+    head = model.decoder.lm_head
+    if form != "fp8" and head.weight.form is None:  # tied: a checkpoint has no place for it
+        head.weight = PackedWeight(FORMATS["int8"], head.weight, dtype)
 
 
 def fill(model: Model, source: store.Source, name: str) -> None:
     """Read every tensor of the model from `source` but experts on disk, in the order of its files, several at once."""
-    places = (place for place in layout.places(model) if not place.tensors[""].is_meta)
-    todo = sorted(places, key=lambda place: source.position(place.name))
     names = source.names()
-    total = sum(tensor.nbytes for place in todo for tensor in place.tensors.values())
+    places = (place for place in layout.held(model) if not isinstance(place.weight, DiskWeight))
+    todo = sorted(places, key=lambda place: source.position(place.stored(names)))
+    total = sum(tensor.nbytes for place in todo for tensor in place.kinds.values())
 
     @torch.no_grad()
     def read(place: layout.Place) -> int:
@@ -241,7 +252,8 @@ def _materialise(model: Model, dtype: torch.dtype, device: torch.device) -> None
                 made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kept, device=device))
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _dtype(dtype: str | torch.dtype, source: store.Source) -> torch.dtype:

@@ -67,6 +67,10 @@ class Source(ABC):
     def panels(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """The tensor as floats, a panel of rows at a time with the number of its first row, a multiple of 128."""
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1 of the tensor's own numbers; of codes too, where the source can hold any."""
+        return torch.cat([values for _, values in self.panels(name)])[start:stop]
+
     @abstractmethod
     def into(self, name: str, out: Tensor) -> None:
         """The tensor's own numbers, codes included, into `out` of the same shape, on any device."""
@@ -121,7 +125,7 @@ class Checkpoint(Source):
     def into(self, name: str, out: Tensor) -> None:
         if out.dtype != self.dtype(name) or out.device.type != "cpu" or not out.is_contiguous():
             for start, stop in panel_rows(self.shape(name)):
-                part = self._rows(name, start, stop)
+                part = self.rows(name, start, stop)
                 out[start:stop].copy_(part.float() if part.dtype == torch.float8_e8m0fnu else part)
             return
         entry = self._entries[name]
@@ -137,15 +141,15 @@ class Checkpoint(Source):
         fp8 = FORMATS["fp8"]
         scale = self._whole(name + fp8.suffix).float() if dtype == fp8.code_dtype else None
         for start, stop in panel_rows(shape):
-            part = self._rows(name, start, stop)
+            part = self.rows(name, start, stop)
             if scale is not None:
                 part = fp8.dequantise(part, scale[fp8.scale_rows(slice(start, stop))], shape[-1], torch.float32)
             yield start, part
 
     def _whole(self, name: str) -> Tensor:
-        return self._rows(name, 0, self.shape(name)[0])
+        return self.rows(name, 0, self.shape(name)[0])
 
-    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
         entry = self._entries[name]
         out = torch.empty(stop - start, *entry.shape[1:], dtype=self.dtype(name))
         offset = entry.offset + start * (out.nbytes // max(stop - start, 1))
