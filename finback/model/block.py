@@ -26,8 +26,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context, routing: Routing | None = None) -> Tensor:
         if self.fused is not None and self.fused.takes(x_BTD):
             return self.fused(x_BTD, context, routing)
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+        x_BTD, normed_BTD = self.input_layernorm(x_BTD, both=True)
+        x_BTD, normed_BTD = self.post_attention_layernorm(x_BTD, self.self_attn(normed_BTD, context), both=True)
         if isinstance(self.mlp, MoE):
             return x_BTD + self.mlp(normed_BTD, routing)
         return x_BTD + self.mlp(normed_BTD)
