@@ -215,10 +215,10 @@ MUTATIONS = [
     ),
     cpu(
         "train_rows.h",
-        "lanes.load(logits + i, lowest)); });",
-        "lanes.load(logits + i)); });",
+        "exponential(sub(lanes.load(logits + i, lowest)",
+        "exponential(sub(lanes.load(logits + i)",
         LOGITS,
-        "what is past a row's end may be its largest logit",
+        "what is past a row's end counts as a logit of 0",
     ),
     cpu(
         "rows.h",

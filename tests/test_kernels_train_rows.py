@@ -1,5 +1,7 @@
 """What training does row by row, natively: against plain torch, both beside the same in float64, and gradients."""
 
+import math
+
 import pytest
 import torch
 from native_paths import native_paths
@@ -238,6 +240,13 @@ def test_cross_entropy_of_hopeless_targets_and_of_nan(path):
         assert dispatch.cross_entropy(hidden, weight, torch.tensor([target])).item() == value
     for bad in (float("nan"), float("inf")):
         assert dispatch.cross_entropy(torch.full((1, 2), bad), weight, torch.tensor([0])).isnan()
+    for place in range(40):  # a single one, wherever it stands
+        logits, target = torch.zeros(1, 40), torch.tensor([(place + 1) % 40])
+        logits[0, place] = float("nan")
+        module = native.kernels()
+        assert module is not None
+        assert math.isnan(module.loss_to_gradient(1, 40, True, logits.data_ptr(), target.data_ptr(), 1))
+        assert logits[0, :place].isnan().all() and logits[0, place:].isnan().all()
     with pytest.raises(AssertionError, match="outside the vocabulary"):
         dispatch.cross_entropy(hidden, weight, torch.tensor([3]))
 
