@@ -1,4 +1,7 @@
-"""Keys and values of latent attention, built natively in one pass over memory, and their gradients in another."""
+"""Keys and values of latent attention, keys built natively in one pass over memory, both their gradients in another.
+
+Values stay where they are: attention takes them as a part of wider rows.
+"""
 
 from typing import Any
 
@@ -32,11 +35,10 @@ class _KeysValues(torch.autograd.Function):
         turned = shared.shape[-1]
         ctx.module, ctx.sizes = native.kernels(), (batch * tokens, heads, own, turned, both - own)
         key = expanded.new_empty(batch, tokens, heads, own + turned)
-        value = expanded.new_empty(batch, tokens, heads, both - own)
         expanded_NHd, shared_NR = _dense(expanded), native.rows(shared)
-        parts = (*_address(expanded_NHd), *native.address(shared_NR), key.data_ptr(), value.data_ptr())
-        ctx.module.keys_values(*ctx.sizes, expanded.dtype == torch.float32, *parts, torch.get_num_threads())
-        return key, value
+        parts = (*_address(expanded_NHd), *native.address(shared_NR), key.data_ptr())
+        ctx.module.keys(*ctx.sizes[:4], expanded.dtype == torch.float32, *parts, torch.get_num_threads())
+        return key, expanded[..., own:]
 
     @staticmethod
     def backward(ctx: Any, d_key: Tensor, d_value: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -45,5 +47,5 @@ class _KeysValues(torch.autograd.Function):
         d_shared = d_key.new_empty(*d_key.shape[:2], turned)
         key_NHd, value_NHd = _dense(d_key), _dense(d_value)
         parts = (*_address(key_NHd), *_address(value_NHd), d_expanded.data_ptr(), d_shared.data_ptr())
-        ctx.module.keys_values_backward(*ctx.sizes, d_key.dtype == torch.float32, *parts, torch.get_num_threads())
+        ctx.module.keys_backward(*ctx.sizes, d_key.dtype == torch.float32, *parts, torch.get_num_threads())
         return d_expanded, d_shared, None

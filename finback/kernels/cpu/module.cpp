@@ -234,23 +234,23 @@ void bind_train_heads(nb::module_& m) {
         },
         released);
     m.def(
-        "keys_values",
-        [](i64 tokens, i64 heads, i64 own, i64 shared, i64 value, bool wide, uintptr_t expanded, i64 token, i64 head,
-           uintptr_t shared_key, i64 shared_token, uintptr_t key_out, uintptr_t value_out, int threads) {
+        "keys",
+        [](i64 tokens, i64 heads, i64 own, i64 shared, bool wide, uintptr_t expanded, i64 token, i64 head,
+           uintptr_t shared_key, i64 shared_token, uintptr_t out, int threads) {
             of_type(wide, [&]<class T>(T) {
-                KeysValues<T>{tokens, heads, own, shared, value, {at<const T>(expanded), token, head},
-                              {at<const T>(shared_key), shared_token, 0}, at<T>(key_out), at<T>(value_out)}
+                Keys<T>{tokens, heads, own, shared, {at<const T>(expanded), token, head},
+                        {at<const T>(shared_key), shared_token, 0}, at<T>(out)}
                     .run(threads);
             });
         },
         released);
     m.def(
-        "keys_values_backward",
+        "keys_backward",
         [](i64 tokens, i64 heads, i64 own, i64 shared, i64 value, bool wide, uintptr_t d_key, i64 key_token, i64 key_head,
            uintptr_t d_value, i64 value_token, i64 value_head, uintptr_t d_expanded, uintptr_t d_shared, int threads) {
             of_type(wide, [&]<class T>(T) {
-                KeysValuesBackward<T>{tokens, heads, own, shared, value, {at<const T>(d_key), key_token, key_head},
-                                      {at<const T>(d_value), value_token, value_head}, at<T>(d_expanded), at<T>(d_shared)}
+                KeysBackward<T>{tokens, heads, own, shared, value, {at<const T>(d_key), key_token, key_head},
+                                {at<const T>(d_value), value_token, value_head}, at<T>(d_expanded), at<T>(d_shared)}
                     .run(threads);
             });
         },

@@ -7,7 +7,7 @@ namespace finback {
 
 // Numbers [tokens, heads, ·] whose tokens and heads lie as far apart as it says.
 template <class T>
-struct Heads {
+struct PerHead {
     T* data;
     i64 token, head;
 
@@ -28,7 +28,7 @@ inline void take_over(T* out, const T* x, i64 n) {
 template <class T>
 struct Turn {
     i64 tokens, heads, before, turning;
-    Heads<const T> x;
+    PerHead<const T> x;
     const float* turn;  // [tokens, turning]
     bool back;
     T* out;
@@ -50,32 +50,30 @@ struct Turn {
     }
 };
 
-// Expanded latents [own | value] and one key for all heads: key [own | shared] and value, all [tokens, heads, ·].
+// Expanded latents [own | value] and one key for all heads: key [tokens, heads, own | shared].
 template <class T>
-struct KeysValues {
-    i64 tokens, heads, own, shared, value;
-    Heads<const T> expanded, shared_key;
-    T *key_out, *value_out;
+struct Keys {
+    i64 tokens, heads, own, shared;
+    PerHead<const T> expanded, shared_key;
+    T* out;
 
     void run(int threads) const {
         Pieces(tokens).share(threads, [&](i64, i64 first, i64 end) {
             for (i64 t = first; t < end; t++)
                 for (i64 h = 0; h < heads; h++) {
-                    const T* from = expanded.at(t, h);
-                    T* key = key_out + (t * heads + h) * (own + shared);
-                    take_over(key, from, own);
+                    T* key = out + (t * heads + h) * (own + shared);
+                    take_over(key, expanded.at(t, h), own);
                     take_over(key + own, shared_key.at(t, 0), shared);
-                    take_over(value_out + (t * heads + h) * value, from + own, value);
                 }
         });
     }
 };
 
-// The gradients of both: that of the shared key is the sum over all heads.
+// From the gradients of keys and values those of both: that of the shared key is the sum over all heads.
 template <class T>
-struct KeysValuesBackward {
+struct KeysBackward {
     i64 tokens, heads, own, shared, value;
-    Heads<const T> d_key, d_value;
+    PerHead<const T> d_key, d_value;
     T *d_expanded, *d_shared;
 
     void run(int threads) const {

@@ -94,7 +94,7 @@ struct Silu {
     Floats value, slope;
 
     explicit Silu(Floats gate) {
-        Floats s = div(all(1.0f), add(all(1.0f), exponential(sub(zero(), gate))));
+        Floats s = reciprocal(add(all(1.0f), exponential(sub(zero(), gate))));
         value = mul(gate, s);
         slope = fma(value, sub(all(1.0f), s), s);
     }
@@ -107,7 +107,7 @@ inline void swiglu(i64 rows, i64 n, Matrix<const T> gate, Matrix<const T> up, T*
         for (i64 m = first; m < end; m++) {
             const T *g = gate.row(m), *u = up.row(m);
             by_lanes(n, [&](i64 i, auto lanes) {
-                lanes.store(active + m * n + i, mul(silu(lanes.load(g + i)), lanes.load(u + i)));
+                lanes.store(active + m * n + i, mul(Silu(lanes.load(g + i)).value, lanes.load(u + i)));
             });
         }
     });
