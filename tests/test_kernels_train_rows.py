@@ -163,6 +163,16 @@ def test_swiglu_backward_with_a_weight_for_every_row(path, dtype, rows, width):
         assert error(ours, truth.detach()) <= (EXACT if ours.dtype == torch.float32 else NARROW)
 
 
+@PATHS
+@DTYPES
+@pytest.mark.parametrize("experts", [1, 8, 19])
+def test_scores(path, dtype, experts):
+    for rows, width in ((0, 8), (1, 1), (37, 31), (200, 80), (8300, 24)):
+        for make in (random, strided):
+            inputs = [make(rows, width, dtype=dtype), random(experts, width, seed=1)]
+            check(path, dispatch.scores, inputs, "Scores", autocast=dtype == torch.bfloat16)
+
+
 def turns(batch: int, tokens: int, pairs: int) -> torch.Tensor:
     angles = 6 * torch.rand(batch, tokens, pairs, generator=torch.Generator().manual_seed(1))
     return torch.polar(torch.full_like(angles, 1.1), angles)

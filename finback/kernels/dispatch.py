@@ -11,6 +11,7 @@ from finback.kernels.linear import linear
 from finback.kernels.norm import add_norm, rms_norm
 from finback.kernels.order import expert_ffn, expert_loop, expert_stream, fixed_order
 from finback.kernels.rotary import rotate
+from finback.kernels.scores import scores
 from finback.kernels.swiglu import swiglu
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "per_head",
     "rms_norm",
     "rotate",
+    "scores",
     "swiglu",
 ]

@@ -27,6 +27,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def scores(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """x Wᵀ, of whatever dtype, in fp32."""
+    return x_ND.float() @ weight_ED.float().T
+
+
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Turn the last 2P numbers of x [B, T, ..., D], pairs that are complex numbers, by factors [B, T, ..., P].
 

@@ -210,6 +210,24 @@ void bind_train_rows(nb::module_& m) {
         },
         released);
     m.def(
+        "scores",
+        [](i64 rows, i64 n, i64 count, bool wide, uintptr_t x, i64 x_stride, uintptr_t weight, uintptr_t out, int threads) {
+            of_type(wide, [&]<class T>(T) {
+                Scores<T>{rows, n, count, {at<const T>(x), x_stride}, at<float>(weight)}.run(at<float>(out), threads);
+            });
+        },
+        released);
+    m.def(
+        "scores_backward",
+        [](i64 rows, i64 n, i64 count, bool wide, uintptr_t x, i64 x_stride, uintptr_t weight, uintptr_t grad, uintptr_t dx,
+           uintptr_t d_weight, int threads) {
+            of_type(wide, [&]<class T>(T) {
+                Scores<T>{rows, n, count, {at<const T>(x), x_stride}, at<float>(weight)}
+                    .back(at<float>(grad), at<T>(dx), at<float>(d_weight), threads);
+            });
+        },
+        released);
+    m.def(
         "loss_to_gradient",
         [](i64 rows, i64 n, bool wide, uintptr_t logits, uintptr_t targets, int threads) {
             double loss = 0;

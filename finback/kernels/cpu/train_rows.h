@@ -9,6 +9,15 @@
 
 namespace finback {
 
+// The sums of `pieces` rows of n numbers, in their order.
+inline void join(i64 pieces, i64 n, const float* part, float* out) {
+    by_lanes(n, [&](i64 i, auto lanes) {
+        Floats total = zero();
+        for (i64 piece = 0; piece < pieces; piece++) total = add(total, lanes.load(part + piece * n + i));
+        lanes.store(out + i, total);
+    });
+}
+
 // sum = x + added, out = sum / rms(sum) · weight, inverse = 1 / rms. Without `added` the norm is x's own.
 template <class In, class Out>
 struct Norm {
@@ -81,11 +90,7 @@ struct NormBackward {
             std::memset(here, 0, n * sizeof(float));
             for (i64 m = first; m < end; m++) row(m, here);
         });
-        by_lanes(n, [&](i64 i, auto lanes) {
-            Floats total = zero();
-            for (i64 piece = 0; piece < pieces.count; piece++) total = add(total, lanes.load(part + piece * n + i));
-            lanes.store(d_weight + i, total);
-        });
+        join(pieces.count, n, part, d_weight);
     }
 };
 
@@ -185,5 +190,56 @@ inline double loss_to_gradient(i64 rows, i64 n, T* logits, const int64_t* target
     for (i64 piece = 0; piece < pieces.count; piece++) total += part[piece];
     return total;
 }
+
+// out [rows, count] = x · weightᵀ in float32, weight [count, n]: a router's few rows, which stay in cache.
+template <class In>
+struct Scores {
+    i64 rows, n, count;
+    Matrix<const In> x;
+    const float* weight;
+
+    void run(float* out, int threads) const {
+        Pieces(rows).share(threads, [&](i64, i64 first, i64 end) {
+            for (i64 m = first; m < end; m++) {
+                i64 e = 0;
+                for (; e + 8 <= count; e += 8) some<8>(x.row(m), e, out + m * count + e);
+                for (; e < count; e++) some<1>(x.row(m), e, out + m * count + e);
+            }
+        });
+    }
+
+    template <int N>
+    void some(const In* from, i64 e, float* out) const {
+        Floats total[N];
+        for (Floats& each : total) each = zero();
+        by_lanes(n, [&](i64 i, auto lanes) {
+            Floats here = lanes.load(from + i);
+            for (int j = 0; j < N; j++) total[j] = fma(here, lanes.load(weight + (e + j) * n + i), total[j]);
+        });
+        for (int j = 0; j < N; j++) out[j] = sum(total[j]);
+    }
+
+    // dx [rows, n] = grad · weight and d_weight = gradᵀ · x, from grad [rows, count].
+    void back(const float* grad, In* dx, float* d_weight, int threads) const {
+        Pieces pieces(rows);
+        i64 size = count * n;
+        float* part = Arena::fresh().take<float>(pieces.count * size);
+        pieces.share(threads, [&](i64 piece, i64 first, i64 end) {
+            float* sums = part + piece * size;
+            std::memset(sums, 0, size * sizeof(float));
+            for (i64 m = first; m < end; m++)
+                by_lanes(n, [&](i64 i, auto lanes) {
+                    Floats here = lanes.load(x.row(m) + i), total = zero();
+                    for (i64 e = 0; e < count; e++) {
+                        Floats by = all(grad[m * count + e]);
+                        total = fma(by, lanes.load(weight + e * n + i), total);
+                        lanes.store(sums + e * n + i, fma(by, here, lanes.load(sums + e * n + i)));
+                    }
+                    lanes.store(dx + m * n + i, total);
+                });
+        });
+        join(pieces.count, size, part, d_weight);
+    }
+};
 
 }  // namespace finback
