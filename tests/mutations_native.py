@@ -9,6 +9,7 @@ FILL, LAY = f"{NATIVE}::test_panels_are_filled_in_parts", f"{NATIVE}::test_the_n
 
 TRAIN = "test_kernels_train_rows.py"
 NORM, SWIGLU = f"{TRAIN}::test_norm_of_a_sum", f"{TRAIN}::test_swiglu"
+SCORES = f"{TRAIN}::test_scores"
 ROWS, TURN, HEADS = (
     f"{SWIGLU}_backward_with_a_weight_for_every_row",
     f"{TRAIN}::test_rotation",
@@ -249,5 +250,19 @@ MUTATIONS = [
         "shared.type_as(expanded).detach(), own)",
         [HEADS],
         "the shared key has no gradient",
+    ),
+    cpu(
+        "train_rows.h",
+        "for (; e < count; e++) some<1>(x.row(m), e, out + m * count + e);",
+        "",
+        SCORES,
+        "experts past the last eight have no score",
+    ),
+    cpu(
+        "train_rows.h",
+        "Floats by = all(grad[m * count + e]);",
+        "Floats by = all(grad[first * count + e]);",
+        SCORES,
+        "a piece of rows learns from its first one's scores",
     ),
 ]

@@ -19,10 +19,6 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-inline Floats reciprocal(Floats a) {  // of 1 and more, to the last bit or two: a division takes longer
-    Floats guess = _mm512_rcp14_ps(a);
-    return mul(guess, _mm512_fnmadd_ps(a, guess, _mm512_set1_ps(2.0f)));
-}
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats absolute(Floats a) { return _mm512_abs_ps(a); }

@@ -99,7 +99,7 @@ struct Silu {
     Floats value, slope;
 
     explicit Silu(Floats gate) {
-        Floats s = reciprocal(add(all(1.0f), exponential(sub(zero(), gate))));
+        Floats s = div(all(1.0f), add(all(1.0f), exponential(sub(zero(), gate))));
         value = mul(gate, s);
         slope = fma(value, sub(all(1.0f), s), s);
     }
