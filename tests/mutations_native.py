@@ -7,6 +7,19 @@ LINEAR, BITS = f"{NATIVE}::test_linear_of_few_and_many_rows", f"{NATIVE}::test_a
 FEED, ATTENTION = f"{NATIVE}::test_the_feed_forward_of_a_block", f"{NATIVE}::test_attention_of_a_block"
 FILL, LAY = f"{NATIVE}::test_panels_are_filled_in_parts", f"{NATIVE}::test_the_native_way_into_panels"
 
+TRAIN = "test_kernels_train_rows.py"
+NORM, SWIGLU = f"{TRAIN}::test_norm_of_a_sum", f"{TRAIN}::test_swiglu"
+SCORES = f"{TRAIN}::test_scores"
+ROWS, TURN, HEADS = (
+    f"{SWIGLU}_backward_with_a_weight_for_every_row",
+    f"{TRAIN}::test_rotation",
+    f"{TRAIN}::test_keys_and_values",
+)
+LOGITS, HOPELESS = (
+    f"{TRAIN}::test_logits_become_their_gradient",
+    f"{TRAIN}::test_cross_entropy_of_hopeless_targets_and_of_nan",
+)
+
 
 def cpu(file: str, old: str, new: str, test: str, why: str) -> Mutation:
     return Mutation(f"kernels/cpu/{file}", old, new, [test], why)
@@ -170,5 +183,86 @@ MUTATIONS = [
         "self.panels[index[0]].unflatten(0, (self.parts, -1))[index[1]]",
         [FEED],
         "gate and up lie one below the other where kernels take them by turns",
+    ),
+    cpu(
+        "train_rows.h",
+        "if (beside) d = add(d, lanes.load(beside.row(m) + i));",
+        "",
+        NORM,
+        "no gradient goes past the norm",
+    ),
+    cpu("train_rows.h", "mul(y, mean)", "mul(here, mean)", NORM, "what is taken off the gradient points along itself"),
+    cpu(
+        "train_rows.h",
+        "float* here = part + piece * n;",
+        "float* here = part;",
+        NORM,
+        "all pieces of rows write one sum of the weight's gradient",
+    ),
+    cpu(
+        "train_rows.h",
+        "sub(all(1.0f), s), s);",
+        "sub(all(1.0f), s), zero());",
+        SWIGLU,
+        "the slope of silu lacks a part",
+    ),
+    cpu("train_rows.h", "mul(product, scale)", "product", ROWS, "active is not scaled by a token's weight"),
+    cpu(
+        "train_rows.h",
+        "dot = fma(here, product, dot);",
+        "dot = fma(here, mul(product, scale), dot);",
+        ROWS,
+        "a weight's gradient is scaled by the weight",
+    ),
+    cpu(
+        "train_rows.h",
+        "exponential(sub(lanes.load(logits + i, lowest)",
+        "exponential(sub(lanes.load(logits + i)",
+        LOGITS,
+        "what is past a row's end counts as a logit of 0",
+    ),
+    cpu(
+        "rows.h",
+        "larger(all(-87.0f), smaller(all(88.0f), x))",
+        "larger(smaller(x, all(88.0f)), all(-87.0f))",
+        HOPELESS,
+        "a NaN becomes a large number",
+    ),
+    cpu(
+        "train_heads.h",
+        "back ? turned_back(pairs, angle) : turned(pairs, angle)",
+        "turned(pairs, angle)",
+        TURN,
+        "gradients are turned forward",
+    ),
+    cpu("train_heads.h", "turn + token * turning", "turn", TURN, "all tokens are turned as the first one"),
+    cpu(
+        "train_heads.h",
+        "for (i64 h = 0; h < heads; h++) total",
+        "for (i64 h = 0; h < 1; h++) total",
+        HEADS,
+        "the shared key learns from the first head alone",
+    ),
+    cpu("train_heads.h", "for (; i < n; i++) out[i] = x[i];", "", HEADS, "the end of an odd row is not copied"),
+    Mutation(
+        "kernels/heads.py",
+        "shared.type_as(expanded), own)",
+        "shared.type_as(expanded).detach(), own)",
+        [HEADS],
+        "the shared key has no gradient",
+    ),
+    cpu(
+        "train_rows.h",
+        "for (; e < count; e++) some<1>(x.row(m), e, out + m * count + e);",
+        "",
+        SCORES,
+        "experts past the last eight have no score",
+    ),
+    cpu(
+        "train_rows.h",
+        "Floats by = all(grad[m * count + e]);",
+        "Floats by = all(grad[first * count + e]);",
+        SCORES,
+        "a piece of rows learns from its first one's scores",
     ),
 ]

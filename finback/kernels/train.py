@@ -68,7 +68,7 @@ def _matrix(weight: Tensor) -> Any:
     """The last two dimensions of a weight, of its first expert, as kernels take it."""
     assert weight.stride(-1) == 1 and weight.dtype in (torch.bfloat16, torch.float32)
     wide = weight.dtype == torch.float32
-    return _module().Matrix(weight.data_ptr(), weight.shape[-2], weight.shape[-1], weight.stride(-2), wide)
+    return _module().Stored(weight.data_ptr(), weight.shape[-2], weight.shape[-1], weight.stride(-2), wide)
 
 
 class _Linear(torch.autograd.Function):

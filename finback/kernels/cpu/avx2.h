@@ -55,14 +55,30 @@ inline __m256 power_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline Floats power_of_two(Floats n) { return {power_of_two(n.a), power_of_two(n.b)}; }  // whole numbers -126 .. 127
+// Pairs of neighbouring lanes, each a complex number, times those of `by`, or times their conjugates.
+inline __m256 crossed(__m256 x, __m256 by) { return _mm256_mul_ps(_mm256_permute_ps(x, 0xb1), _mm256_movehdup_ps(by)); }
+inline Floats turned(Floats x, Floats by) {
+    return {_mm256_fmaddsub_ps(x.a, _mm256_moveldup_ps(by.a), crossed(x.a, by.a)),
+            _mm256_fmaddsub_ps(x.b, _mm256_moveldup_ps(by.b), crossed(x.b, by.b))};
+}
+inline Floats turned_back(Floats x, Floats by) {
+    return {_mm256_fmsubadd_ps(x.a, _mm256_moveldup_ps(by.a), crossed(x.a, by.a)),
+            _mm256_fmsubadd_ps(x.b, _mm256_moveldup_ps(by.b), crossed(x.b, by.b))};
+}
 inline __m256 widened(const bf16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16));
 }
 inline Floats load(const bf16* x) { return {widened(x), widened(x + 8)}; }
+inline __m256i narrowed(__m256 x) {  // as `narrow`, into the low halves of the lanes
+    __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(64 << 16));
+    __m256 unordered = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(unordered)), 16);
+}
 inline void store(bf16* out, Floats x) {
-    alignas(32) float wide[16];
-    store(wide, x);
-    for (int lane = 0; lane < 16; lane++) out[lane] = narrow(wide[lane]);
+    __m256i mixed = _mm256_packus_epi32(narrowed(x.a), narrowed(x.b));
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 inline void store(int8_t* out, Floats x) {
     __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));

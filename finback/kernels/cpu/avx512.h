@@ -29,6 +29,13 @@ inline Floats rounded(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_N
 inline Floats power_of_two(Floats n) {  // of whole numbers -126 .. 127
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+// Pairs of neighbouring lanes, each a complex number, times those of `by`, or times their conjugates.
+inline Floats turned(Floats x, Floats by) {
+    return _mm512_fmaddsub_ps(x, _mm512_moveldup_ps(by), mul(_mm512_permute_ps(x, 0xb1), _mm512_movehdup_ps(by)));
+}
+inline Floats turned_back(Floats x, Floats by) {
+    return _mm512_fmsubadd_ps(x, _mm512_moveldup_ps(by), mul(_mm512_permute_ps(x, 0xb1), _mm512_movehdup_ps(by)));
+}
 inline Floats load(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }

@@ -1,8 +1,5 @@
 // One Python module per instruction set: the same sources, built again with other flags, so that no code of one
 // set can be linked into another. Addresses are integers: nothing here knows of PyTorch.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-
 #if defined(__AVX512BF16__)
 #include "avx512.h"
 #else
@@ -24,25 +21,11 @@
 
 #include "limits.h"
 
-#include "train_experts.h"
+#include "train_bindings.h"
 
-namespace nb = nanobind;
 using namespace finback;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// A field that is an address, written as an integer.
-template <class Class, class T>
-void address(nb::class_<Class>& bound, const char* name, T* Class::*field) {
-    bound.def_prop_rw(
-        name, [field](const Class& self) { return reinterpret_cast<uintptr_t>(self.*field); },
-        [field](Class& self, uintptr_t value) { self.*field = at<T>(value); });
-}
 
 void bind_feed_forward(nb::module_& m) {
     nb::class_<FeedForward> bound(m, "FeedForward");
@@ -148,36 +131,6 @@ void bind_limits(nb::module_& m) {
         released);
 }
 
-void bind_training(nb::module_& m) {
-    nb::call_guard<nb::gil_scoped_release> released;
-    nb::class_<Matrix>(m, "Matrix")
-        .def("__init__", [](Matrix* self, uintptr_t data, i64 rows, i64 cols, i64 stride, bool wide) {
-            new (self) Matrix{at<void>(data), rows, cols, stride, wide};
-        });
-    nb::class_<TrainExperts> experts(m, "TrainExperts");
-    experts.def("__init__", [](TrainExperts* self, i64 tokens, i64 hidden, i64 width, i64 experts, i64 chosen, uintptr_t x,
-                               uintptr_t choice, uintptr_t weight, const Matrix& gate, const Matrix& up, const Matrix& down,
-                               i64 gate_next, i64 down_next) {
-        new (self) TrainExperts{tokens, hidden, width, experts, chosen, at<bf16>(x), at<int64_t>(choice), at<float>(weight),
-                                gate, up, down, gate_next, down_next};
-    });
-    experts.def(
-        "forward",
-        [](const TrainExperts& self, uintptr_t hidden, uintptr_t out, int threads) {
-            TrainExpertsRun(self, threads).forward(at<bf16>(hidden), at<bf16>(out));
-        },
-        released);
-    experts.def(
-        "backward",
-        [](const TrainExperts& self, uintptr_t hidden, uintptr_t grad, uintptr_t dx, uintptr_t d_gate, uintptr_t d_up,
-           uintptr_t d_down, uintptr_t d_weight, int threads) {
-            TrainExpertsGradients to{at<bf16>(grad), at<bf16>(dx), at<float>(d_gate), at<float>(d_up), at<float>(d_down),
-                                     at<float>(d_weight)};
-            TrainExpertsRun(self, threads).backward(at<bf16>(hidden), to);
-        },
-        released);
-}
-
 #if FINBACK_TILES
 // sums [rows, 16] += a [rows, depth] x b [depth / 4, 64], in bytes, by one product of tiles.
 void bind_tiles(nb::module_& m) {
@@ -224,5 +177,7 @@ NB_MODULE(FINBACK_MODULE, m) {
     bind_latent(m);
     bind_grouped(m);
     bind_limits(m);
-    bind_training(m);
+    bind_train_experts(m);
+    bind_train_rows(m);
+    bind_train_heads(m);
 }

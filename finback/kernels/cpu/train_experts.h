@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "lanes.h"
 #include "rows.h"
 #include "train_product.h"
 
@@ -13,7 +14,7 @@ struct TrainExperts {
     const bf16* x;          // [tokens, hidden]
     const int64_t* choice;  // [tokens, chosen], or null: all tokens go to the one expert
     const float* weight;    // [tokens, chosen], or null: 1
-    Matrix gate, up, down;  // of expert 0
+    Stored gate, up, down;  // of expert 0
     i64 gate_next, down_next;  // numbers from one expert's gate (and up) to the next one's, and of down
 };
 
@@ -22,14 +23,6 @@ struct TrainExpertsGradients {
     bf16* dx;                                   // [tokens, hidden]
     float *d_gate, *d_up, *d_down, *d_weight;   // as the weights lie; d_weight [tokens, chosen] or null
 };
-
-// Sixteen numbers of a row of `size`, zeros behind its end.
-inline Floats get(const bf16* row, i64 panel, i64 size) {
-    if ((panel + 1) * PANEL <= size) return load(row + panel * PANEL);
-    alignas(64) bf16 rest[PANEL] = {};
-    std::memcpy(rest, row + panel * PANEL, (size - panel * PANEL) * 2);
-    return load((const bf16*)rest);
-}
 
 // Rows sorted by expert, each expert's filled up to a multiple of STEP by rows of no token.
 struct TrainDeal {
@@ -132,14 +125,14 @@ class TrainExpertsRun {
         pack.data += expert * pack.panels() * pack.stride;
         return pack;
     }
-    static Matrix expert_of(Matrix matrix, i64 expert, i64 next) {
+    static Stored expert_of(Stored matrix, i64 expert, i64 next) {
         matrix.data = static_cast<const char*>(matrix.data) + expert * next * (matrix.wide ? 4 : 2);
         return matrix;
     }
 
     // Gate rows first, then up rows.
     void lay_gate_up(const Pack& to, i64 expert, i64 panel) {
-        Matrix gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
+        Stored gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
         lay_rows(to, panel, [&](i64 row, i64 column, i64 count, bf16* out) {
             bool first = row < call_.width;
             (first ? gate : up).read(first ? row : row - call_.width, column, count, STEP, out);
@@ -147,7 +140,7 @@ class TrainExpertsRun {
     }
     void lay_down(const Pack& to, i64 expert, i64 panel) { lay_rows_piece(to, expert_of(call_.down, expert, call_.down_next), panel); }
     void lay_back(const Pack& to, i64 expert, i64 piece) {
-        Matrix gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
+        Stored gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
         lay_columns(to, piece * STEP, std::min(STEP, both_ - piece * STEP), [&](i64 row, i64 column, i64 count, bf16* room) {
             bool first = row < call_.width;
             return (first ? gate : up).sixteen(first ? row : row - call_.width, column, count, room);
@@ -173,22 +166,23 @@ class TrainExpertsRun {
 
     void activate(const bf16* hidden, bf16* active) const {
         i64 n = call_.width;
-        for (i64 panel = 0; panel * PANEL < n; panel++)
-            put(active, panel, n, mul(silu(get(hidden, panel, n)), get(hidden + n, panel, n)));
+        by_lanes(n, [&](i64 i, auto lanes) {
+            lanes.store(active + i, mul(silu(lanes.load(hidden + i)), lanes.load(hidden + n + i)));
+        });
         std::memset(active + n, 0, (half_ - n) * 2);
     }
 
     // The sum of a token's rows, each times its weight.
     void mix(const bf16* rows, i64 token, const float* weight, bf16* out) const {
         i64 n = call_.hidden, k = call_.chosen;
-        for (i64 panel = 0; panel * PANEL < n; panel++) {
+        by_lanes(n, [&](i64 i, auto lanes) {
             Floats total = zero();
-            for (i64 i = token * k; i < (token + 1) * k; i++) {
-                Floats each = get(rows + deal_.place[i] * n, panel, n);
-                total = weight ? fma(each, all(weight[i]), total) : add(total, each);
+            for (i64 choice = token * k; choice < (token + 1) * k; choice++) {
+                Floats each = lanes.load(rows + deal_.place[choice] * n + i);
+                total = weight ? fma(each, all(weight[choice]), total) : add(total, each);
             }
-            put(out, panel, n, total);
-        }
+            lanes.store(out + i, total);
+        });
     }
 
     void piece_backward(const Piece& p, const bf16* hidden, const bf16* grad, const Pack& gate_up, const Pack& down, bf16* room) {
@@ -210,7 +204,7 @@ class TrainExpertsRun {
 
     void keep(const Columns& all, const Piece& p, const bf16* rows, i64 stride) const {
         i64 before = p.first - deal_.start[p.expert];
-        Matrix from{rows, p.rows, all.numbers, stride, false};
+        Stored from{rows, p.rows, all.numbers, stride, false};
         for (i64 first = before; first < before + p.rows; first += STEP)
             part(all, p.expert).lay(first, STEP, [&](i64 row, i64 column, i64 count, bf16* room) {
                 return from.sixteen(row - before, column, count, room);
@@ -221,16 +215,16 @@ class TrainExpertsRun {
     float turn_back(const bf16* hidden, const bf16* d_active, float weight, bf16* active, bf16* d_hidden) const {
         i64 n = call_.width;
         Floats total = zero(), one = all(1.0f);
-        for (i64 panel = 0; panel * PANEL < n; panel++) {
-            Floats gate = get(hidden, panel, n), up = get(hidden + n, panel, n), d = get(d_active, panel, n);
+        by_lanes(n, [&](i64 i, auto lanes) {
+            Floats gate = lanes.load(hidden + i), up = lanes.load(hidden + n + i), d = lanes.load(d_active + i);
             Floats share = div(one, add(one, exponential(sub(zero(), gate)))), silu = mul(gate, share), value = mul(silu, up);
             total = fma(d, value, total);
             d = mul(d, all(weight));
-            put(active, panel, n, value);
-            put(d_hidden + n, panel, n, mul(d, silu));
+            lanes.store(active + i, value);
+            lanes.store(d_hidden + n + i, mul(d, silu));
             // silu' = s (1 + gate (1 - s))
-            put(d_hidden, panel, n, mul(mul(d, up), mul(share, fma(gate, sub(one, share), one))));
-        }
+            lanes.store(d_hidden + i, mul(mul(d, up), mul(share, fma(gate, sub(one, share), one))));
+        });
         std::memset(active + n, 0, (half_ - n) * 2);
         std::memset(d_hidden + both_, 0, (whole_ - both_) * 2);
         return finback::sum(total);

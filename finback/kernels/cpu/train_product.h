@@ -76,7 +76,7 @@ inline void train_panels(const Left& left, const Pack& right, i64 first, i64 cou
 }
 
 // A matrix as training keeps it; `stride` numbers from one row to the next.
-struct Matrix {
+struct Stored {
     const void* data;
     i64 rows, cols, stride;
     bool wide;  // float, else bfloat16
@@ -156,11 +156,11 @@ struct Columns {
 
 // Both ways for a whole matrix, in pieces.
 inline i64 rows_pieces(const Pack& to) { return to.panels(); }
-inline void lay_rows_piece(const Pack& to, const Matrix& from, i64 piece) {
+inline void lay_rows_piece(const Pack& to, const Stored& from, i64 piece) {
     lay_rows(to, piece, [&](i64 row, i64 column, i64 count, bf16* out) { from.read(row, column, count, STEP, out); });
 }
 inline i64 columns_pieces(const Pack& to) { return to.padded() / STEP; }
-inline void lay_columns_piece(const Pack& to, const Matrix& from, i64 piece) {
+inline void lay_columns_piece(const Pack& to, const Stored& from, i64 piece) {
     lay_columns(to, piece * STEP, std::min(STEP, from.rows - piece * STEP),
                 [&](i64 row, i64 column, i64 count, bf16* room) { return from.sixteen(row, column, count, room); });
 }
