@@ -1,4 +1,4 @@
-// The gated feed-forward of training, dense or of routed experts, and its gradients.
+// The gated feed-forward of routed experts in training, and its gradients.
 #pragma once
 
 #include <vector>
@@ -12,8 +12,8 @@ namespace finback {
 struct TrainExperts {
     i64 tokens, hidden, width, experts, chosen;
     const bf16* x;          // [tokens, hidden]
-    const int64_t* choice;  // [tokens, chosen], or null: all tokens go to the one expert
-    const float* weight;    // [tokens, chosen], or null: 1
+    const int64_t* choice;  // [tokens, chosen]
+    const float* weight;    // [tokens, chosen]
     Stored gate, up, down;  // of expert 0
     i64 gate_next, down_next;  // numbers from one expert's gate (and up) to the next one's, and of down
 };
@@ -21,7 +21,7 @@ struct TrainExperts {
 struct TrainExpertsGradients {
     const bf16* grad;                           // [tokens, hidden]
     bf16* dx;                                   // [tokens, hidden]
-    float *d_gate, *d_up, *d_down, *d_weight;   // as the weights lie; d_weight [tokens, chosen] or null
+    float *d_gate, *d_up, *d_down, *d_weight;   // as the weights lie; d_weight [tokens, chosen]
 };
 
 // Rows sorted by expert, each expert's filled up to a multiple of STEP by rows of no token.
@@ -30,12 +30,11 @@ struct TrainDeal {
 
     explicit TrainDeal(const TrainExperts& call) : start(call.experts + 1, 0), place(call.tokens * call.chosen) {
         i64 choices = call.tokens * call.chosen;
-        auto expert = [&](i64 i) { return call.choice ? call.choice[i] : 0; };
-        for (i64 i = 0; i < choices; i++) start[expert(i) + 1]++;
+        for (i64 i = 0; i < choices; i++) start[call.choice[i] + 1]++;
         for (i64 e = 0; e < call.experts; e++) start[e + 1] = start[e] + round_up(start[e + 1], STEP);
         source.assign(start.back(), -1);
         std::vector<i64> next(start.begin(), start.end() - 1);
-        for (i64 i = 0; i < choices; i++) source[place[i] = next[expert(i)]++] = i;
+        for (i64 i = 0; i < choices; i++) source[place[i] = next[call.choice[i]]++] = i;
     }
     i64 rows() const { return start.back(); }
 };
@@ -192,10 +191,10 @@ class TrainExpertsRun {
         times({p.rows, wide_, wide_, g}, of(down, p.expert), d_active, half_);
         for (i64 r = 0; r < p.rows; r++) {
             i64 row = p.first + r, choice = deal_.source[row];
-            float weight = choice < 0 ? 0.0f : call_.weight ? call_.weight[choice] : 1.0f;
+            float weight = choice < 0 ? 0.0f : call_.weight[choice];
             row_weight_[row] = turn_back(hidden + row * both_, d_active + r * half_, weight, active + r * half_, d_hidden + r * whole_);
-            if (weight != 1.0f)
-                for (i64 i = 0; i < wide_; i += PANEL) store(g + r * wide_ + i, mul(load((const bf16*)g + r * wide_ + i), all(weight)));
+            for (i64 i = 0; i < wide_; i += PANEL)
+                store(g + r * wide_ + i, mul(load((const bf16*)g + r * wide_ + i), all(weight)));
         }
         times({p.rows, whole_, whole_, d_hidden}, of(gate_up, p.expert), row_dx_ + p.first * call_.hidden, call_.hidden);
         keep(by_x_, p, x, wide_), keep(by_grad_, p, g, wide_), keep(by_active_, p, active, half_), 
@@ -241,8 +240,8 @@ class TrainExpertsRun {
 
     void leave(i64 token, const TrainExpertsGradients& to) const {
         mix(row_dx_, token, nullptr, to.dx + token * call_.hidden);
-        if (to.d_weight)
-            for (i64 i = token * call_.chosen; i < (token + 1) * call_.chosen; i++) to.d_weight[i] = row_weight_[deal_.place[i]];
+        for (i64 i = token * call_.chosen; i < (token + 1) * call_.chosen; i++)
+            to.d_weight[i] = row_weight_[deal_.place[i]];
     }
 };
 
