@@ -1,7 +1,7 @@
 """The compiled kernels of this machine, if there are any: found once, by what the processor says it can do.
 
-FINBACK_KERNELS forces a path: amx, avx512, avx2, or torch for none. Addresses are taken here, in measure.py and in
-model/fused.py, and nowhere else; whoever calls keeps the tensors alive.
+FINBACK_KERNELS forces a path: amx, avx512, avx2, or torch for none. Addresses are taken here, in attention.py,
+measure.py and model/fused.py, and nowhere else; whoever calls keeps the tensors alive.
 """
 
 import importlib

@@ -43,6 +43,20 @@ inline void forget(Register& x) {
     asm volatile("" : "+v"(x));
 }
 
+// x · 2^n of whole numbers n, nothing of x where n is far below zero; and log2 x to one digit.
+inline Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline Floats rough_log2(Floats x) {
+    return fma(_mm512_cvtepi32_ps(_mm512_castps_si512(x)), all(1.0f / (1 << 23)), all(-127.0f));
+}
+// The lanes of x whose bit is set, of `other` the rest.
+inline Floats chosen(uint16_t lanes, Floats x, Floats other) { return _mm512_mask_blend_ps(__mmask16(lanes), other, x); }
+// Both as bfloat16, by turns: first[0], second[0], first[1], ...
+inline void store_pairs(bf16* out, Floats first, Floats second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first)));
+}
+
 inline Ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
