@@ -3,9 +3,9 @@
 The compiled form makes the probabilities again in the backward, from one number a query. Addresses of tensors are taken
 here for it: whoever calls keeps the tensors alive.
 
-Of the other: on a CPU torch's own SDPA takes 2.2 to 2.7 times as long, forward and backward, for 32 x 256 tokens with heads of 48 and
-32 (results/hot_loops). Here a few rows of the batch at a time keep their scores in cache, a block reads only keys that
-one of its queries may see, and without gradients memory grows with T, not T².
+Of the other: on a CPU torch's own SDPA takes 2.2 to 2.7 times as long, forward and backward, for 32 x 256 tokens with
+heads of 48 and 32 (results/hot_loops). Here a few rows of the batch at a time keep their scores in cache, a block reads
+only keys that one of its queries may see, and without gradients memory grows with T, not T².
 """
 
 from typing import Any
