@@ -13,10 +13,9 @@ class AttentionBackward {
         : call_(call), grad_at_(grad), d_query_at_(d_query), d_key_at_(d_key), d_value_at_(d_value), threads_(threads),
           d_(call.key), e_(call.value), k_rows_(call.key_rows()), q_rows_(call.query_rows()), arena_(Arena::fresh()),
           seen_(call, arena_), heads_(arena_.take<Head>(threads)) {
-        i64 most = std::max(k_rows_, q_rows_) * std::max(d_, e_);
         for (int thread = 0; thread < threads; thread++) {
             Head& head = heads_[thread];
-            head.gathered = arena_.take<bf16>(most);
+            head.spare = arena_.take<bf16>(STRIP * std::max(d_, e_));
             head.keys = arena_.take<bf16>(k_rows_ * d_), head.over_keys = arena_.take<bf16>(k_rows_ * d_);
             head.values = arena_.take<bf16>(k_rows_ * e_);
             head.queries = arena_.take<bf16>(q_rows_ * d_), head.over_queries = arena_.take<bf16>(q_rows_ * d_);
@@ -39,9 +38,9 @@ class AttentionBackward {
     // One head, all of it; "over" is in panels that sums over tokens take. Then a block: probabilities and gradients of
     // scores [keys, queries], the latter also in pairs of keys, strip by strip [keys / 2][32][2].
     struct Head {
-        bf16 *gathered, *keys, *over_keys, *values, *queries, *over_queries, *grads, *over_grads;
+        bf16 *spare, *keys, *over_keys, *values, *queries, *over_queries, *grads, *over_grads;
         float *delta, *log_sum, *d_keys, *d_values, *d_queries;
-        alignas(64) float tile[2][TILE * STRIP];
+        alignas(64) float tile[2][BAND * STRIP];
         alignas(64) bf16 chosen[KEYS * QUERIES], d_score[KEYS * QUERIES], d_score_pairs[KEYS * QUERIES];
     };
 
@@ -64,27 +63,44 @@ class AttentionBackward {
 
     // Everything of one head to where and as products take it, and delta: the sum of gradient · output of each query.
     void bring(i64 b, i64 h, Head& head) {
-        const Heads &keys = call_.key_at, &values = call_.value_at, &queries = call_.query_at, &out = call_.out_at;
-        gather(keys.at(b, h), keys.token, call_.keys, k_rows_, d_, head.keys);
-        panels_over_rows(head.keys, k_rows_, d_, head.over_keys);
-        gather(values.at(b, h), values.token, call_.keys, k_rows_, e_, head.values);
-        gather(queries.at(b, h), queries.token, call_.queries, q_rows_, d_, head.gathered);
-        panels_over_rows(head.gathered, q_rows_, d_, head.over_queries);
-        for (i64 q = 0; q < q_rows_; q += PANEL) panel_of_rows(head.gathered + q * d_, d_, head.queries + q * d_);
-        gather(grad_at_.at(b, h), grad_at_.token, call_.queries, q_rows_, e_, head.gathered);
-        panels_over_rows(head.gathered, q_rows_, e_, head.over_grads);
-        for (i64 q = 0; q < q_rows_; q += PANEL) panel_of_rows(head.gathered + q * e_, e_, head.grads + q * e_);
-        const float* log_sum = call_.log_sum + (b * call_.heads + h) * call_.queries;
-        for (i64 q = 0; q < q_rows_; q++) {
-            bool there = q < call_.queries;
-            Floats total = zero();
-            for (i64 v = 0; there && v < e_; v += PANEL)
-                total = fma(load((const bf16*)out.at(b, h) + q * out.token + v),
-                            load((const bf16*)head.gathered + q * e_ + v), total);
-            head.delta[q] = sum(total), head.log_sum[q] = there ? log_sum[q] : 1e30f;
-        }
+        auto strips = [&](const Heads& x, i64 count, i64 width, auto take) {
+            by_strips(x.at(b, h), x.token, count, width, head.spare, take);
+        };
+        strips(call_.key_at, call_.keys, d_, [&](i64 first, const bf16* from, i64 token) {
+            copy_rows(from, token, STRIP, d_, head.keys + first * d_);
+            panels_over_rows(from, token, first, STRIP, k_rows_, d_, head.over_keys);
+        });
+        strips(call_.value_at, call_.keys, e_, [&](i64 first, const bf16* from, i64 token) {
+            copy_rows(from, token, STRIP, e_, head.values + first * e_);
+        });
+        strips(call_.query_at, call_.queries, d_, [&](i64 first, const bf16* from, i64 token) {
+            panels_over_rows(from, token, first, STRIP, q_rows_, d_, head.over_queries);
+            for (i64 q = 0; q < STRIP; q += PANEL)
+                panel_of_rows(from + q * token, token, d_, head.queries + (first + q) * d_);
+        });
+        strips(grad_at_, call_.queries, e_, [&](i64 first, const bf16* from, i64 token) {
+            panels_over_rows(from, token, first, STRIP, q_rows_, e_, head.over_grads);
+            for (i64 q = 0; q < STRIP; q += PANEL)
+                panel_of_rows(from + q * token, token, e_, head.grads + (first + q) * e_);
+            deltas(b, h, first, from, token, head);
+        });
         std::fill(head.d_keys, head.d_keys + k_rows_ * d_, 0.0f);
         std::fill(head.d_values, head.d_values + k_rows_ * e_, 0.0f);
+    }
+
+    // Of a strip; queries past the last are given a sum by which their keys weigh nothing.
+    void deltas(i64 b, i64 h, i64 first, const bf16* grads, i64 token, Head& head) {
+        const bf16* out = call_.out_at.at(b, h) + first * call_.out_at.token;
+        const float* log_sum = call_.log_sum + (b * call_.heads + h) * call_.queries + first;
+        i64 count = std::min(STRIP, call_.queries - first);
+        std::fill(head.delta + first, head.delta + first + STRIP, 0.0f);
+        std::fill(head.log_sum + first, head.log_sum + first + STRIP, 1e30f);
+        for (i64 q = 0; q < count; q++) {
+            Floats total = zero();
+            for (i64 v = 0; v < e_; v += PANEL)
+                total = fma(load(out + q * call_.out_at.token + v), load(grads + q * token + v), total);
+            head.delta[first + q] = sum(total), head.log_sum[first + q] = log_sum[q];
+        }
     }
 
     void block(i64 b, i64 h, i64 query, Head& head) {
@@ -99,10 +115,10 @@ class AttentionBackward {
                 Part part{b, query, strip, start, std::max(start, seen_.first(b, query / STRIP + strip)),
                           std::min(stop, seen_.end(b, query / STRIP + strip))};
                 if (call_.mask) clear(part, stop, head);
-                for (i64 s = part.first; s < part.end; s += TILE) tile(part, s, head);
+                for (i64 s = part.first; s < part.end; s += BAND) tile(part, s, head);
                 to_queries(part, head);
             }
-            for (i64 s = start; s < stop; s += TILE) to_keys(b, query, strips, start, s, head);
+            for (i64 s = start; s < stop; s += BAND) to_keys(b, query, strips, start, s, head);
         }
         leave(head.d_queries, std::min(QUERIES, call_.queries - query), d_, call_.scale,
               d_query_at_.at(b, h) + query * d_query_at_.token, d_query_at_.token);
@@ -129,18 +145,18 @@ class AttentionBackward {
         i64 query = part.query + part.strip * STRIP, skip = seen_.first_panel(part.index(), s);
         float *score = head.tile[0] + skip * PANEL, *d_weight = head.tile[1] + skip * PANEL;
         Panels queries{head.queries + (query + skip * PANEL) * d_, PANEL * d_, 2 - skip};
-        tile_product<false>(queries, head.keys + s * d_, d_, d_ / 2, [&](i64 m, i64 panel, Floats sums) {
+        band_product<false>(queries, head.keys + s * d_, d_, d_ / 2, [&](i64 m, i64 panel, Floats sums) {
             store(score + m * STRIP + panel * PANEL, sums);
         });
         Panels grads{head.grads + (query + skip * PANEL) * e_, PANEL * e_, 2 - skip};
-        tile_product<false>(grads, head.values + s * e_, e_, e_ / 2, [&](i64 m, i64 panel, Floats sums) {
+        band_product<false>(grads, head.values + s * e_, e_, e_ / 2, [&](i64 m, i64 panel, Floats sums) {
             store(d_weight + m * STRIP + panel * PANEL, sums);
         });
         bool whole = seen_.whole(part.index(), s);
         for (i64 panel = 0; panel < 2; panel++) {
             Floats delta = load((const float*)head.delta + query + panel * PANEL);
             Floats log_sum = load((const float*)head.log_sum + query + panel * PANEL);
-            for (i64 m = 0; m < TILE; m += 2) {
+            for (i64 m = 0; m < BAND; m += 2) {
                 Floats weight[2], change[2];
                 for (i64 i = 0; i < 2; i++) {
                     i64 at = (m + i) * STRIP + panel * PANEL;
@@ -165,10 +181,10 @@ class AttentionBackward {
     void to_queries(const Part& part, Head& head) {
         const bf16* pairs = head.d_score_pairs + part.strip * KEYS * STRIP + (part.first - part.start) * STRIP;
         Panels keys{head.over_keys + part.first * PANEL, k_rows_ * PANEL, d_ / PANEL};
-        for (i64 q = 0; q < STRIP; q += TILE) {
+        for (i64 q = 0; q < STRIP; q += BAND) {
             i64 count = std::min(part.end, seen_.end_of(part.b, part.index(), q)) - part.first;
             float* out = head.d_queries + (part.strip * STRIP + q) * d_;
-            tile_product<true>(keys, pairs + 2 * q, STRIP * 2, count / 2,
+            band_product<true>(keys, pairs + 2 * q, STRIP * 2, count / 2,
                                [&](i64 m, i64 panel, Floats sums) { add_to(out + m * d_ + panel * PANEL, sums); });
         }
     }
@@ -184,11 +200,11 @@ class AttentionBackward {
         if (from >= to) return;
         i64 place = (s - start) * QUERIES + from;
         Panels grads{head.over_grads + (query + from) * PANEL, q_rows_ * PANEL, e_ / PANEL};
-        tile_product<false>(grads, head.chosen + place, QUERIES, (to - from) / 2, [&](i64 m, i64 panel, Floats sums) {
+        band_product<false>(grads, head.chosen + place, QUERIES, (to - from) / 2, [&](i64 m, i64 panel, Floats sums) {
             add_to(head.d_values + (s + m) * e_ + panel * PANEL, sums);
         });
         Panels queries{head.over_queries + (query + from) * PANEL, q_rows_ * PANEL, d_ / PANEL};
-        tile_product<false>(queries, head.d_score + place, QUERIES, (to - from) / 2, [&](i64 m, i64 panel, Floats sums) {
+        band_product<false>(queries, head.d_score + place, QUERIES, (to - from) / 2, [&](i64 m, i64 panel, Floats sums) {
             add_to(head.d_keys + (s + m) * d_ + panel * PANEL, sums);
         });
     }

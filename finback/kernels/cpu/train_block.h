@@ -8,7 +8,7 @@
 
 namespace finback {
 
-constexpr i64 TILE = 8;  // rows of a small product
+constexpr i64 BAND = 8;  // rows of a small product
 
 // A panel holds 16 columns as [depth / 2][16][2]; the others of the same matrix lie `stride` numbers further each.
 struct Panels {
@@ -35,10 +35,10 @@ FINBACK_INLINE Sums<M, P> small_product(const bf16* w, i64 next, const bf16* x, 
     return sums;
 }
 
-// out(row, panel, sixteen sums) of TILE rows and all panels.
+// out(row, panel, sixteen sums) of BAND rows and all panels.
 template <bool across, class Out>
-FINBACK_INLINE void tile_product(const Panels& w, const bf16* x, i64 stride, i64 pairs, Out out) {
-    constexpr i64 M = REGISTERS == 32 ? TILE : TILE / 2;
+FINBACK_INLINE void band_product(const Panels& w, const bf16* x, i64 stride, i64 pairs, Out out) {
+    constexpr i64 M = REGISTERS == 32 ? BAND : BAND / 2;
     auto some = [&]<i64 P>(i64 row, i64 panel) {
         const bf16* from = x + row * (across ? 2 : stride);
         auto sums = small_product<across, M, P>(w.at + panel * w.stride, w.stride, from, stride, pairs);
@@ -47,7 +47,7 @@ FINBACK_INLINE void tile_product(const Panels& w, const bf16* x, i64 stride, i64
 #pragma GCC unroll 16
             for (i64 p = 0; p < P; p++) out(row + m, panel + p, sums.at[m][p]);
     };
-    for (i64 row = 0; row < TILE; row += M) {
+    for (i64 row = 0; row < BAND; row += M) {
         i64 panel = 0;
         if constexpr (REGISTERS == 32) {
             for (; w.count - panel == 3 || w.count - panel > 4; panel += 3) some.template operator()<3>(row, panel);
@@ -84,20 +84,37 @@ inline void turn_words(const uint8_t* from, i64 stride, uint32_t* out) {
     }
 }
 
-// Rows [16, width] into a panel over their numbers, [width / 2][16][2]; width a multiple of 16.
-inline void panel_of_rows(const bf16* rows, i64 width, bf16* out) {
+// 16 rows, `token` numbers apart, into a panel over their numbers, [width / 2][16][2]; width a multiple of 16.
+inline void panel_of_rows(const bf16* rows, i64 token, i64 width, bf16* out) {
     auto from = reinterpret_cast<const uint8_t*>(rows);
     auto words = reinterpret_cast<uint32_t*>(out);
     for (i64 k = 0; k < width / 2; k += 8)
         for (i64 half = 0; half < 2; half++)
-            turn_words(from + (half * 8 * width + 2 * k) * 2, width * 2, words + k * 16 + half * 8);
+            turn_words(from + (half * 8 * token + 2 * k) * 2, token * 2, words + k * 16 + half * 8);
 }
 
-// Rows [count, width] into panels over the rows, [width / 16][count / 2][16][2].
-inline void panels_over_rows(const bf16* rows, i64 count, i64 width, bf16* out) {
-    for (i64 r = 0; r < count; r += 2)
+// Rows first .. first + many - 1 of `count` into panels over the rows, [width / 16][count / 2][16][2].
+inline void panels_over_rows(const bf16* rows, i64 token, i64 first, i64 many, i64 count, i64 width, bf16* out) {
+    for (i64 r = 0; r < many; r += 2)
         for (i64 k = 0; k < width; k += 16)
-            interleave(rows + r * width + k, rows + (r + 1) * width + k, out + k * count + r * 16);
+            interleave(rows + r * token + k, rows + (r + 1) * token + k, out + k * count + (first + r) * 16);
+}
+
+inline void copy_rows(const bf16* from, i64 token, i64 count, i64 width, bf16* out) {
+    for (i64 r = 0; r < count; r++)
+        for (i64 k = 0; k < width; k += 16)
+            _mm256_storeu_si256((__m256i*)(out + r * width + k), _mm256_loadu_si256((const __m256i*)(from + r * token + k)));
+}
+
+// take(first row, rows, numbers from one to the next) of `count` rows, 32 at a time, the last filled up with zeros.
+template <class Take>
+inline void by_strips(const bf16* from, i64 token, i64 count, i64 width, bf16* spare, Take take) {
+    i64 first = 0;
+    for (; first + 32 <= count; first += 32) take(first, from + first * token, token);
+    if (first == count) return;
+    copy_rows(from + first * token, token, count - first, width, spare);
+    std::memset(spare + (count - first) * width, 0, (first + 32 - count) * width * 2);
+    take(first, spare, width);
 }
 
 // 2^t to 3e-6 of itself, exactly 1 of 0; t at most 127.

@@ -16,7 +16,7 @@ class AttentionForward {
     AttentionForward(const TrainAttention& call, int threads)
         : call_(call), threads_(threads), d_(call.key), e_(call.value), arena_(Arena::fresh()), seen_(call, arena_) {
         i64 keys = call.key_rows();
-        gathered_ = arena_.take<bf16>(threads * (keys * std::max(d_, e_)));
+        spare_ = arena_.take<bf16>(threads * STRIP * std::max(d_, e_));
         keys_ = arena_.take<bf16>(threads * keys * d_);
         values_ = arena_.take<bf16>(threads * keys * e_);
         strips_ = arena_.take<Strip>(threads);
@@ -47,25 +47,28 @@ class AttentionForward {
     Team team_;
     Seen seen_;
     Strip* strips_;
-    bf16 *gathered_, *keys_, *values_, *queries_;
+    bf16 *spare_, *keys_, *values_, *queries_;
     float* mixed_;
 
     void head(i64 b, i64 h) {
         i64 rows = call_.key_rows(), mine = omp_get_thread_num();
         bf16* keys = keys_ + mine * rows * d_;
         bf16* values = values_ + mine * rows * e_;
-        bf16* gathered = gathered_ + mine * rows * std::max(d_, e_);
-        gather(call_.key_at.at(b, h), call_.key_at.token, call_.keys, rows, d_, keys);
-        gather(call_.value_at.at(b, h), call_.value_at.token, call_.keys, rows, e_, gathered);
-        panels_over_rows(gathered, rows, e_, values);
-        for (i64 strip = 0; strip < call_.strips(); strip++) {
-            bf16* queries = queries_ + mine * STRIP * d_;
-            i64 first = strip * STRIP;
-            gather(call_.query_at.at(b, h) + first * call_.query_at.token, call_.query_at.token,
-                   std::min(STRIP, call_.queries - first), STRIP, d_, gathered);
-            for (i64 p = 0; p < 2; p++) panel_of_rows(gathered + p * PANEL * d_, d_, queries + p * PANEL * d_);
-            run(b, h, strip, keys, values, queries);
-        }
+        bf16* spare = spare_ + mine * STRIP * std::max(d_, e_);
+        bf16* queries = queries_ + mine * STRIP * d_;
+        auto strips = [&](const Heads& x, i64 count, i64 width, auto take) {
+            by_strips(x.at(b, h), x.token, count, width, spare, take);
+        };
+        strips(call_.key_at, call_.keys, d_, [&](i64 first, const bf16* from, i64 token) {
+            copy_rows(from, token, STRIP, d_, keys + first * d_);
+        });
+        strips(call_.value_at, call_.keys, e_, [&](i64 first, const bf16* from, i64 token) {
+            panels_over_rows(from, token, first, STRIP, rows, e_, values);
+        });
+        strips(call_.query_at, call_.queries, d_, [&](i64 first, const bf16* from, i64 token) {
+            for (i64 q = 0; q < STRIP; q += PANEL) panel_of_rows(from + q * token, token, d_, queries + q * d_);
+            run(b, h, first / STRIP, keys, values, queries);
+        });
     }
 
     void run(i64 b, i64 h, i64 index, const bf16* keys, const bf16* values, const bf16* queries) {
@@ -79,10 +82,10 @@ class AttentionForward {
             i64 stop = std::min(start + KEYS, end);
             scores(b, index, start, stop, keys, queries, strip);
             weigh(stop - start, strip);
-            for (i64 q = 0; q < STRIP; q += TILE) {
+            for (i64 q = 0; q < STRIP; q += BAND) {
                 i64 pairs = (std::min(stop, seen_.end_of(b, index, q)) - start) / 2;
                 Panels w{values + start * PANEL, call_.key_rows() * PANEL, e_ / PANEL};
-                tile_product<true>(w, strip.weight + 2 * q, STRIP * 2, pairs, [&](i64 m, i64 panel, Floats sums) {
+                band_product<true>(w, strip.weight + 2 * q, STRIP * 2, pairs, [&](i64 m, i64 panel, Floats sums) {
                     float* at = mixed + (q + m) * e_ + panel * PANEL;
                     store(at, fma(load((const float*)at), all(strip.kept[q + m]), sums));
                 });
@@ -95,15 +98,15 @@ class AttentionForward {
     void scores(i64 b, i64 index, i64 start, i64 stop, const bf16* keys, const bf16* queries, Strip& strip) {
         Floats most[2] = {load((const float*)strip.most), load((const float*)strip.most + PANEL)};
         const Floats before[2] = {most[0], most[1]}, factor = all(call_.factor());
-        for (i64 s = start; s < stop; s += TILE) {
+        for (i64 s = start; s < stop; s += BAND) {
             i64 skip = seen_.first_panel(index, s);
             float* score = strip.score + (s - start) * STRIP;
             Panels w{queries + skip * PANEL * d_, PANEL * d_, 2 - skip};
-            tile_product<false>(w, keys + s * d_, d_, d_ / 2, [&](i64 m, i64 panel, Floats sums) {
+            band_product<false>(w, keys + s * d_, d_, d_ / 2, [&](i64 m, i64 panel, Floats sums) {
                 store(score + m * STRIP + (skip + panel) * PANEL, mul(sums, factor));
             });
             bool whole = seen_.whole(index, s);
-            for (i64 m = 0; m < TILE; m++)
+            for (i64 m = 0; m < BAND; m++)
                 for (i64 panel = 0; panel < 2; panel++) {
                     float* at = score + m * STRIP + panel * PANEL;
                     Floats x = load((const float*)at);

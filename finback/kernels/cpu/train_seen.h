@@ -62,8 +62,8 @@ class Seen {
             for (i64 s = call_.keys - 1; s > last; s--)
                 if (bits[s]) last = s;
         }
-        span_[2 * piece] = std::min(first, last + 1) / TILE * TILE;
-        span_[2 * piece + 1] = round_up(last + 1, TILE);
+        span_[2 * piece] = std::min(first, last + 1) / BAND * BAND;
+        span_[2 * piece + 1] = round_up(last + 1, BAND);
     }
 
     i64 first(i64 b, i64 strip) const { return call_.mask ? span_[2 * (b * call_.strips() + strip)] : 0; }
@@ -72,7 +72,7 @@ class Seen {
     }
 
     // Whether all of a strip see all keys of a tile; which panels of it see some.
-    bool whole(i64 strip, i64 s) const { return !call_.mask && s + TILE <= strip * STRIP + 1; }
+    bool whole(i64 strip, i64 s) const { return !call_.mask && s + BAND <= strip * STRIP + 1; }
     i64 first_panel(i64 strip, i64 s) const { return !call_.mask && s >= strip * STRIP + PANEL; }
 
     uint16_t lanes(i64 b, i64 strip, i64 panel, i64 s) const {
@@ -83,7 +83,7 @@ class Seen {
 
     // Which of a strip's keys its queries from `query` to the seventh after it see none behind.
     i64 end_of(i64 b, i64 strip, i64 query) const {
-        return call_.mask ? end(b, strip) : strip * STRIP + query + TILE;
+        return call_.mask ? end(b, strip) : strip * STRIP + query + BAND;
     }
 
   private:
@@ -91,11 +91,5 @@ class Seen {
     uint16_t* bits_ = nullptr;
     i64* span_ = nullptr;
 };
-
-// Rows [count, width] of one head brought side by side, filled up with zeros to `padded` rows.
-inline void gather(const bf16* from, i64 token, i64 count, i64 padded, i64 width, bf16* out) {
-    for (i64 r = 0; r < count; r++) std::memcpy(out + r * width, from + r * token, width * 2);
-    std::memset(out + count * width, 0, (padded - count) * width * 2);
-}
 
 }  // namespace finback
