@@ -49,9 +49,8 @@ def errors(got, wanted) -> list[float]:
     """Relative to the whole: of single numbers that come to nothing nobody asks how many digits they have."""
     for x in got:
         assert torch.isfinite(x).all()
-    return [
-        float((x.double() - y.detach()).norm() / y.norm().clamp(min=1e-9)) for x, y in zip(got, wanted, strict=True)
-    ]
+    with torch.no_grad():
+        return [float((x.double() - y).norm() / y.norm().clamp(min=1e-9)) for x, y in zip(got, wanted, strict=True)]
 
 
 def compare(given, scale, mask, bound: float = 1.0) -> None:
