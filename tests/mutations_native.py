@@ -6,6 +6,8 @@ NATIVE = "test_kernels_native.py"
 LINEAR, BITS = f"{NATIVE}::test_linear_of_few_and_many_rows", f"{NATIVE}::test_a_rows_bits_do_not_depend_on_the_others"
 FEED, ATTENTION = f"{NATIVE}::test_the_feed_forward_of_a_block", f"{NATIVE}::test_attention_of_a_block"
 FILL, LAY = f"{NATIVE}::test_panels_are_filled_in_parts", f"{NATIVE}::test_the_native_way_into_panels"
+TRAIN = "test_kernels_train_attention.py"
+CAUSAL, PACKED = f"{TRAIN}::test_causal", f"{TRAIN}::test_documents_packed_in_a_row"
 
 TRAIN = "test_kernels_train_rows.py"
 NORM, SWIGLU = f"{TRAIN}::test_norm_of_a_sum", f"{TRAIN}::test_swiglu"
@@ -154,6 +156,55 @@ MUTATIONS = [
         "head % spec_.kv_heads * each",
         ATTENTION,
         "heads ask another group's keys",
+    ),
+    cpu(
+        "train_seen.h",
+        "uint16_t(0xffff << before)",
+        "uint16_t(0xfffe << before)",
+        CAUSAL,
+        "in training a token does not see itself",
+    ),
+    cpu(
+        "train_seen.h",
+        "round_up(last + 1, BAND)",
+        "(last + 1) / BAND * BAND",
+        PACKED,
+        "in training a document's last tokens are not seen",
+    ),
+    cpu(
+        "train_forward.h",
+        "fma(load((const float*)at), all(strip.kept[q + m]), sums)",
+        "add(load((const float*)at), sums)",
+        f"{TRAIN}::test_more_keys_than_a_chunk_and_wide_heads",
+        "what earlier chunks mixed keeps the weight of an old largest score",
+    ),
+    cpu(
+        "train_backward.h",
+        "mul(weight[i], sub(load((const float*)head.tile[1] + at), delta))",
+        "mul(weight[i], load((const float*)head.tile[1] + at))",
+        CAUSAL,
+        "the compiled softmax's gradient forgets its normaliser",
+    ),
+    cpu(
+        "train_backward.h",
+        "for (i64 s = start; s < stop; s += BAND) to_keys(",
+        "for (i64 s = start; s < stop - BAND; s += BAND) to_keys(",
+        CAUSAL,
+        "the last eight keys of a block get no gradient",
+    ),
+    cpu(
+        "train_backward.h",
+        "if (call_.mask) clear(part, stop, head);",
+        "",
+        f"{TRAIN}::test_any_mask_and_other_numbers_of_keys",
+        "queries that see nothing of a key pass it what an earlier block left there",
+    ),
+    cpu(
+        "train_block.h",
+        "std::memset(spare + (count - first) * width, 0, (first + 32 - count) * width * 2);",
+        "",
+        CAUSAL,
+        "queries past the last one hold what was there before",
     ),
     Mutation(
         "kernels/panels.py",

@@ -1,8 +1,8 @@
 """The compiled kernels of this machine, if there are any: found once, by what the processor says it can do.
 
 FINBACK_KERNELS forces a path: amx, avx512, avx2, or torch for none. Addresses are taken here, in measure.py, in
-model/fused.py and in the files of what training does natively (norm, swiglu, rotary, heads, scores, cross_entropy), and
-nowhere else; whoever calls keeps the tensors alive.
+model/fused.py and in the files of what training does natively (attention, experts, norm, swiglu, rotary, heads, scores,
+cross_entropy), and nowhere else; whoever calls keeps the tensors alive.
 """
 
 import importlib

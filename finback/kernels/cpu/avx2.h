@@ -93,6 +93,29 @@ inline void interleave(bf16* out, const bf16* a, const bf16* b) {
     _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(low, high, 0x20));
     _mm256_storeu_si256((__m256i*)out + 1, _mm256_permute2x128_si256(low, high, 0x31));
 }
+// x · 2^n of whole numbers n, next to nothing of x where n is far below zero; and log2 x to one digit.
+inline Floats scaled(Floats x, Floats n) { return mul(x, power_of_two(larger(n, all(-126.0f)))); }
+inline Floats rough_log2(Floats x) {
+    Floats bits = {_mm256_cvtepi32_ps(_mm256_castps_si256(x.a)), _mm256_cvtepi32_ps(_mm256_castps_si256(x.b))};
+    return fma(bits, all(1.0f / (1 << 23)), all(-127.0f));
+}
+// The lanes of x whose bit is set, of `other` the rest.
+inline __m256 chosen(int lanes, __m256 x, __m256 other) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bit), bit);
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(set));
+}
+inline Floats chosen(uint16_t lanes, Floats x, Floats other) {
+    return {chosen(lanes, x.a, other.a), chosen(lanes >> 8, x.b, other.b)};
+}
+// Both as bfloat16, by turns: first[0], second[0], first[1], ...
+inline __m256i paired(__m256 first, __m256 second) {
+    return _mm256_blend_epi16(narrowed(first), _mm256_slli_epi32(narrowed(second), 16), 0xaa);
+}
+inline void store_pairs(bf16* out, Floats first, Floats second) {
+    _mm256_storeu_si256((__m256i*)out, paired(first.a, second.a));
+    _mm256_storeu_si256((__m256i*)out + 1, paired(first.b, second.b));
+}
 
 // What registers hold becomes unknown to the compiler.
 inline void forget(__m256& x) { asm volatile("" : "+x"(x)); }

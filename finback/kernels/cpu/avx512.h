@@ -45,20 +45,34 @@ inline void store(int8_t* out, Floats x) {
 }
 
 // Sixteen numbers of each, by turns.
+inline __m512i by_turns(__m512i low_and_high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, low_and_high);
+}
 inline __m512i by_turns(const bf16* first, const bf16* second) {
-    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
-    both = _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)second), 1);
-    return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+    return by_turns(_mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)second), 1));
 }
 inline void interleave(bf16* out, const bf16* a, const bf16* b) { _mm512_storeu_si512(out, by_turns(a, b)); }
+// Both as bfloat16, by turns: first[0], second[0], first[1], ...
+inline void store_pairs(bf16* out, Floats first, Floats second) {
+    _mm512_storeu_si512(out, by_turns((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+}
 
 // What a register holds becomes unknown to the compiler.
 template <class Register>
 inline void forget(Register& x) {
     asm volatile("" : "+v"(x));
 }
+
+// x · 2^n of whole numbers n, nothing of x where n is far below zero; and log2 x to one digit.
+inline Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline Floats rough_log2(Floats x) {
+    return fma(_mm512_cvtepi32_ps(_mm512_castps_si512(x)), all(1.0f / (1 << 23)), all(-127.0f));
+}
+// The lanes of x whose bit is set, of `other` the rest.
+inline Floats chosen(uint16_t lanes, Floats x, Floats other) { return _mm512_mask_blend_ps(__mmask16(lanes), other, x); }
 
 inline Ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
@@ -78,11 +92,7 @@ struct Pairs {
     // Sixteen columns of two rows; both of 16 rows' numbers, and how they are kept to be told to all lanes.
     using Share = bf16;
     static Weight of(const bf16* first, const bf16* second) { return (__m512bh)by_turns(first, second); }
-    static void keep(Share* out, Floats first, Floats second) {
-        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
-        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
-        _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+    static void keep(Share* out, Floats first, Floats second) { store_pairs(out, first, second); }
 };
 
 // The bfloat16 of every E4M3 code without its sign: exact, or times a scale and rounded once.

@@ -177,6 +177,7 @@ NB_MODULE(FINBACK_MODULE, m) {
     bind_latent(m);
     bind_grouped(m);
     bind_limits(m);
+    bind_train_attention(m);
     bind_train_experts(m);
     bind_train_rows(m);
     bind_train_heads(m);

@@ -3,11 +3,34 @@
 
 #include "bindings.h"
 
+#include "train_backward.h"
 #include "train_experts.h"
+#include "train_forward.h"
 #include "train_heads.h"
 #include "train_rows.h"
 
 namespace finback {
+
+void bind_train_attention(nb::module_& m) {
+    nb::class_<Heads>(m, "Heads").def("__init__", [](Heads* self, uintptr_t data, i64 row, i64 token, i64 head) {
+        new (self) Heads{at<bf16>(data), row, token, head};
+    });
+    nb::class_<TrainAttention> bound(m, "TrainAttention");
+    bound.def("__init__", [](TrainAttention* self, i64 rows, i64 queries, i64 keys, i64 heads, i64 key, i64 value, float scale,
+                             uintptr_t mask, i64 mask_row, i64 mask_query, uintptr_t log_sum, Heads query_at, Heads key_at,
+                             Heads value_at, Heads out_at) {
+        new (self) TrainAttention{rows, queries, keys, heads, key, value, scale, at<uint8_t>(mask), mask_row, mask_query,
+                                  at<float>(log_sum), query_at, key_at, value_at, out_at};
+    });
+    nb::call_guard<nb::gil_scoped_release> released;
+    bound.def("forward", [](const TrainAttention& self, int threads) { AttentionForward(self, threads).run(); }, released);
+    bound.def(
+        "backward",
+        [](const TrainAttention& self, Heads grad, Heads d_query, Heads d_key, Heads d_value, int threads) {
+            AttentionBackward(self, grad, d_query, d_key, d_value, threads).run();
+        },
+        released);
+}
 
 void bind_train_experts(nb::module_& m) {
     nb::call_guard<nb::gil_scoped_release> released;
