@@ -156,22 +156,22 @@ struct SwigluBackward {
     }
 };
 
-// A row's -log softmax(logits)[target]; the logits become softmax - onehot.
+// A row's -log softmax(logits)[target]; the logits become softmax - onehot. `powers` [n]: e^logit is taken once.
 template <class T>
-inline double loss_row(T* logits, i64 n, i64 target) {
+inline double loss_row(T* logits, i64 n, i64 target, float* powers) {
     constexpr float lowest = -std::numeric_limits<float>::infinity();
     Floats most = all(lowest), total = zero();
     by_lanes(n, [&](i64 i, auto lanes) { most = larger(most, lanes.load(logits + i, lowest)); });
     float limit = largest(most), wanted;
     by_lanes(n, [&](i64 i, auto lanes) {
-        total = add(total, exponential(sub(lanes.load(logits + i, lowest), all(limit))));
+        Floats power = exponential(sub(lanes.load(logits + i, lowest), all(limit)));
+        lanes.store(powers + i, power);
+        total = add(total, power);
     });
     if constexpr (sizeof(T) == 2) wanted = widen(logits[target]); else wanted = logits[target];
     float whole = sum(total), chosen = std::exp(wanted - limit) / whole - 1.0f;
     Floats scale = all(1.0f / whole);
-    by_lanes(n, [&](i64 i, auto lanes) {
-        lanes.store(logits + i, mul(exponential(sub(lanes.load(logits + i), all(limit))), scale));
-    });
+    by_lanes(n, [&](i64 i, auto lanes) { lanes.store(logits + i, mul(lanes.load(powers + i), scale)); });
     if constexpr (sizeof(T) == 2) logits[target] = narrow(chosen); else logits[target] = chosen;
     return double(limit) - double(wanted) + std::log(double(whole));
 }
@@ -182,8 +182,10 @@ inline double loss_to_gradient(i64 rows, i64 n, T* logits, const int64_t* target
     Pieces pieces(rows);
     double* part = Arena::fresh().take<double>(pieces.count);
     pieces.share(threads, [&](i64 piece, i64 first, i64 end) {
+        static thread_local std::vector<float> powers;
+        powers.resize(n);
         double total = 0;
-        for (i64 m = first; m < end; m++) total += loss_row(logits + m * n, n, targets[m]);
+        for (i64 m = first; m < end; m++) total += loss_row(logits + m * n, n, targets[m], powers.data());
         part[piece] = total;
     });
     double total = 0;
