@@ -21,7 +21,7 @@ struct TrainExperts {
 struct TrainExpertsGradients {
     const bf16* grad;                           // [tokens, hidden]
     bf16* dx;                                   // [tokens, hidden]
-    float *d_gate, *d_up, *d_down, *d_weight;   // as the weights lie; d_weight [tokens, chosen]
+    float *d_gate, *d_up, *d_down, *d_weight;   // gate and up below each other in [experts, 2 width, hidden]
 };
 
 // Rows sorted by expert, each expert's filled up to a multiple of STEP by rows of no token.
@@ -232,9 +232,9 @@ class TrainExpertsRun {
     // One piece of an expert's gradients: of its gate, its up and its down projection.
     void sum(i64 expert, i64 piece, const Contraction& in, const Contraction& out, const TrainExpertsGradients& to) const {
         i64 each = in.pieces(), size = call_.width * call_.hidden;
-        if (piece < each) in.run(part(by_gate_, expert), part(by_x_, expert), piece, to.d_gate + expert * call_.gate_next);
+        if (piece < each) in.run(part(by_gate_, expert), part(by_x_, expert), piece, to.d_gate + expert * 2 * size);
         else if (piece < 2 * each)
-            in.run(part(by_up_, expert), part(by_x_, expert), piece - each, to.d_up + expert * call_.gate_next);
+            in.run(part(by_up_, expert), part(by_x_, expert), piece - each, to.d_up + expert * 2 * size);
         else out.run(part(by_grad_, expert), part(by_active_, expert), piece - 2 * each, to.d_down + expert * size);
     }
 
