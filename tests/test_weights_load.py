@@ -88,6 +88,25 @@ def test_no_plain_matrix_is_made_on_the_way(tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
+@PATHS
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_start_quantises_nothing(path, form, case, tmp_path, monkeypatch):
+    """Its codes come from the files that the first one left, whatever path wrote them."""
+    save(tiny_model(tiny(**CASES[case])).bfloat16(), None, tmp_path)
+    native.use(path)
+    first = {name: weight.dense() for name, weight in weights(load(tmp_path, quantize=form)).items()}
+    packs = {file: file.stat().st_mtime_ns for file in (tmp_path / "packs").rglob("*")}
+    for each in FORMATS.values():
+        monkeypatch.setattr(type(each), "quantise", None)
+    for other in (path, "torch"):
+        native.use(other)
+        again = weights(load(tmp_path, quantize=form))
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[name].dense(), numbers) for name, numbers in first.items())
+    assert packs == {file: file.stat().st_mtime_ns for file in (tmp_path / "packs").rglob("*")}
+
+
 PEAK = """
 import sys
 from finback import machine
