@@ -2,15 +2,16 @@
 
     python benchmarks/kernels.py [--repeats 9]
 
-Shapes are those of configuration (S): 32 x 256 tokens, 8 experts of 192 on a width of 256, top-2, 8 heads of 48 and 32.
-bf16. Every figure is the median of the repeats in milliseconds with its range.
+Shapes are those of configuration (S): 32 x 256 tokens, 8 experts of 192 on a width of 256, top-2, 8 heads of 48 and 32,
+and attention of 8 x 1024 tokens too. bf16. The alternatives of a loop take turns. Every figure is the median of the
+repeats in milliseconds with its range.
 """
 
 import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,17 +27,25 @@ BATCH, TOKENS, HIDDEN, WIDTH, EXPERTS, CHOSEN, HEADS, VOCABULARY = 32, 256, 256,
 QUERY, VALUE = 48, 32
 
 
-def timed(run: Callable[[], Tensor], repeats: int) -> str:
-    forward, both = [], []
+def show(runs: dict[str, partial[Tensor]], repeats: int) -> None:
+    """A row for each, all measured in turn."""
+    forward: dict[str, list[float]] = {name: [] for name in runs}
+    both: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 3):
-        start = time.perf_counter()
-        out = run()
-        middle = time.perf_counter()
-        out.backward(torch.ones_like(out))
-        forward.append((middle - start) * 1e3)
-        both.append((time.perf_counter() - start) * 1e3)
-    forward, both = forward[3:], both[3:]
-    return f"{statistics.median(forward):7.1f} | {statistics.median(both):7.1f} ({min(both):.1f} – {max(both):.1f})"
+        for name, run in runs.items():
+            for x in run.args:
+                if isinstance(x, Tensor):
+                    x.grad = None
+            start = time.perf_counter()
+            out = run()
+            middle = time.perf_counter()
+            out.backward(torch.ones_like(out))
+            forward[name].append((middle - start) * 1e3)
+            both[name].append((time.perf_counter() - start) * 1e3)
+    for name in runs:
+        first, whole = forward[name][3:], both[name][3:]
+        spread = f"{statistics.median(whole):7.1f} ({min(whole):.1f} – {max(whole):.1f})"
+        print(f"| {name} | {statistics.median(first):7.1f} | {spread} |", flush=True)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -84,7 +93,6 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     x, gate_up, down = leaf(BATCH * TOKENS, HIDDEN), leaf(EXPERTS, 2 * WIDTH, HIDDEN), leaf(EXPERTS, HIDDEN, WIDTH)
     experts, weights = torch.rand(len(x), EXPERTS).topk(CHOSEN).indices, leaf(len(x), CHOSEN)
-    query, key, value = (leaf(BATCH, TOKENS, HEADS, width) for width in (QUERY, QUERY, VALUE))
     wide, scale = leaf(BATCH * TOKENS, HIDDEN, dtype=torch.float32), leaf(HIDDEN, dtype=torch.float32)
     head, targets = leaf(VOCABULARY, HIDDEN), torch.randint(VOCABULARY, (len(x),))
     print("| what | forward ms | forward + backward ms |\n|---|---|---|")
@@ -94,28 +102,32 @@ def main() -> None:
         "experts: padded to the fullest, bmm": padded_bmm,
         "experts: reference": reference.expert_ffn,
     }
-    for name, run in mixture.items():
-        print(f"| {name} | {timed(lambda run=run: run(x, gate_up, down, experts, weights), repeats)} |", flush=True)
+    show({name: partial(run, x, gate_up, down, experts, weights) for name, run in mixture.items()}, repeats)
     attentions = {
-        "attention: ours": ours_attention.attention,
-        "attention: torch SDPA, values padded": sdpa,
-        "attention: reference": reference.attention,
+        "ours, compiled where it can be": ours_attention.attention,
+        "ours, plain torch": ours_attention._Attention.apply,
+        "torch SDPA, values padded": sdpa,
+        "reference": reference.attention,
     }
-    for name, run in attentions.items():
-        print(f"| {name} | {timed(lambda run=run: run(query, key, value, 0.14, None), repeats)} |", flush=True)
+    for tokens in (TOKENS, 4 * TOKENS):
+        rows = BATCH * TOKENS // tokens
+        given = [leaf(rows, tokens, HEADS, width) for width in (QUERY, QUERY, VALUE)]
+        runs = {
+            f"attention, {rows} x {tokens}: {name}": partial(run, *given, 0.14, None)
+            for name, run in attentions.items()
+        }
+        show(runs, repeats)
     norms = {
         "RMSNorm: ours": rms_norm,
         "RMSNorm: torch": lambda a, w, eps: F.rms_norm(a, (HIDDEN,), w, eps),
         "RMSNorm: reference": reference.rms_norm,
     }
-    for name, run in norms.items():
-        print(f"| {name} | {timed(lambda run=run: run(wide, scale, 1e-6), repeats)} |", flush=True)
+    show({name: partial(run, wide, scale, 1e-6) for name, run in norms.items()}, repeats)
     losses = {
         "head + loss: ours, by chunks": ours_loss.cross_entropy,
         "head + loss: reference": reference.cross_entropy,
     }
-    for name, run in losses.items():
-        print(f"| {name} | {timed(lambda run=run: run(x, head, targets), repeats)} |", flush=True)
+    show({name: partial(run, x, head, targets) for name, run in losses.items()}, repeats)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ MUTATIONS = [
         "a block of queries loses the last key it may see",
     ),
     Mutation(
+        ATTENTION,
+        "seen = (0, 0, 0) if mask is None else",
+        "seen = (0, 0, 0) if True else",
+        ["test_kernels_train_attention.py::test_documents_packed_in_a_row"],
+        "the compiled form does not hear of documents",
+    ),
+    Mutation(
         EXPERTS,
         "d_active.mul_(weight)\n",
         "d_active.mul_(1)\n",

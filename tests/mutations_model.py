@@ -137,8 +137,8 @@ MUTATIONS = [
     ),
     Mutation(
         ATTENTION,
-        "if new < held and new < self._break_even():",
-        "if new < self._break_even():",
+        "if new < held and new < self.config.absorbed_below:",
+        "if new < self.config.absorbed_below:",
         [f"{TEST_ATTENTION}::test_any_chunks_through_a_cache_equal_the_whole"],
         "tokens of a prompt see the later ones",
     ),
@@ -179,8 +179,8 @@ MUTATIONS = [
     ),
     Mutation(
         MTP,
-        "return self.norm(self.block(self.eh_proj(joined), context, routing))",
-        "return self.block(self.eh_proj(joined), context, routing)",
+        "return self.norm(*self.block(self.eh_proj(joined), None, context, routing), both=True)[1]",
+        "return sum(self.block(self.eh_proj(joined), None, context, routing))",
         [f"{TEST_MTP}::test_the_module_equals_the_paper_written_out"],
         "shared_head.norm is left out",
     ),
@@ -193,8 +193,8 @@ MUTATIONS = [
     ),
     Mutation(
         DECODER,
-        "return self.norm(x_BTD)",
-        "return x_BTD",
+        "return self.norm(x_BTD, added_BTD, both=True)[1]",
+        "return x_BTD + added_BTD",
         [f"{TEST_PARITY}::test_logits_equal_transformers"],
         "the final norm is left out",
     ),

@@ -6,6 +6,21 @@ NATIVE = "test_kernels_native.py"
 LINEAR, BITS = f"{NATIVE}::test_linear_of_few_and_many_rows", f"{NATIVE}::test_a_rows_bits_do_not_depend_on_the_others"
 FEED, ATTENTION = f"{NATIVE}::test_the_feed_forward_of_a_block", f"{NATIVE}::test_attention_of_a_block"
 FILL, LAY = f"{NATIVE}::test_panels_are_filled_in_parts", f"{NATIVE}::test_the_native_way_into_panels"
+TRAIN = "test_kernels_train_attention.py"
+CAUSAL, PACKED = f"{TRAIN}::test_causal", f"{TRAIN}::test_documents_packed_in_a_row"
+
+TRAIN = "test_kernels_train_rows.py"
+NORM, SWIGLU = f"{TRAIN}::test_norm_of_a_sum", f"{TRAIN}::test_swiglu"
+SCORES = f"{TRAIN}::test_scores"
+ROWS, TURN, HEADS = (
+    f"{SWIGLU}_backward_with_a_weight_for_every_row",
+    f"{TRAIN}::test_rotation",
+    f"{TRAIN}::test_keys_and_values",
+)
+LOGITS, HOPELESS = (
+    f"{TRAIN}::test_logits_become_their_gradient",
+    f"{TRAIN}::test_cross_entropy_of_hopeless_targets_and_of_nan",
+)
 
 
 def cpu(file: str, old: str, new: str, test: str, why: str) -> Mutation:
@@ -81,10 +96,24 @@ MUTATIONS = [
     ),
     cpu(
         "attend.h",
-        "value += std::exp(most[c * next] - largest_of_all) * mixed",
-        "value += mixed",
+        "value = fma(load(mixed + c * next_mixed + v), all(share[c]), value)",
+        "value = add(load(mixed + c * next_mixed + v), value)",
         ATTENTION,
         "chunks are joined without their weights",
+    ),
+    cpu(
+        "attend.h",
+        "    if (count % 2) store(score + count * PANEL, zero());\n",
+        "",
+        ATTENTION,
+        "a slot behind an odd end has the weight that lay there",
+    ),
+    cpu(
+        "attention.h",
+        "chunk = turn_[piece / streams_]",
+        "chunk = turn_[piece / streams_ / 2 * 2]",
+        ATTENTION,
+        "every other stretch of slots is forgotten",
     ),
     cpu(
         "span.h",
@@ -128,6 +157,55 @@ MUTATIONS = [
         ATTENTION,
         "heads ask another group's keys",
     ),
+    cpu(
+        "train_seen.h",
+        "uint16_t(0xffff << before)",
+        "uint16_t(0xfffe << before)",
+        CAUSAL,
+        "in training a token does not see itself",
+    ),
+    cpu(
+        "train_seen.h",
+        "round_up(last + 1, BAND)",
+        "(last + 1) / BAND * BAND",
+        PACKED,
+        "in training a document's last tokens are not seen",
+    ),
+    cpu(
+        "train_forward.h",
+        "fma(load((const float*)at), all(strip.kept[q + m]), sums)",
+        "add(load((const float*)at), sums)",
+        f"{TRAIN}::test_more_keys_than_a_chunk_and_wide_heads",
+        "what earlier chunks mixed keeps the weight of an old largest score",
+    ),
+    cpu(
+        "train_backward.h",
+        "mul(weight[i], sub(load((const float*)head.tile[1] + at), delta))",
+        "mul(weight[i], load((const float*)head.tile[1] + at))",
+        CAUSAL,
+        "the compiled softmax's gradient forgets its normaliser",
+    ),
+    cpu(
+        "train_backward.h",
+        "for (i64 s = start; s < stop; s += BAND) to_keys(",
+        "for (i64 s = start; s < stop - BAND; s += BAND) to_keys(",
+        CAUSAL,
+        "the last eight keys of a block get no gradient",
+    ),
+    cpu(
+        "train_backward.h",
+        "if (call_.mask) clear(part, stop, head);",
+        "",
+        f"{TRAIN}::test_any_mask_and_other_numbers_of_keys",
+        "queries that see nothing of a key pass it what an earlier block left there",
+    ),
+    cpu(
+        "train_block.h",
+        "std::memset(spare + (count - first) * width, 0, (first + 32 - count) * width * 2);",
+        "",
+        CAUSAL,
+        "queries past the last one hold what was there before",
+    ),
     Mutation(
         "kernels/panels.py",
         "tail[:, : scale.shape[1]] = scale.float().repeat_interleave(128 // PANEL, dim=0)[:panels]",
@@ -156,5 +234,86 @@ MUTATIONS = [
         "self.panels[index[0]].unflatten(0, (self.parts, -1))[index[1]]",
         [FEED],
         "gate and up lie one below the other where kernels take them by turns",
+    ),
+    cpu(
+        "train_rows.h",
+        "if (beside) d = add(d, lanes.load(beside.row(m) + i));",
+        "",
+        NORM,
+        "no gradient goes past the norm",
+    ),
+    cpu("train_rows.h", "mul(y, mean)", "mul(here, mean)", NORM, "what is taken off the gradient points along itself"),
+    cpu(
+        "train_rows.h",
+        "float* here = part + piece * n;",
+        "float* here = part;",
+        NORM,
+        "all pieces of rows write one sum of the weight's gradient",
+    ),
+    cpu(
+        "train_rows.h",
+        "sub(all(1.0f), s), s);",
+        "sub(all(1.0f), s), zero());",
+        SWIGLU,
+        "the slope of silu lacks a part",
+    ),
+    cpu("train_rows.h", "mul(product, scale)", "product", ROWS, "active is not scaled by a token's weight"),
+    cpu(
+        "train_rows.h",
+        "dot = fma(here, product, dot);",
+        "dot = fma(here, mul(product, scale), dot);",
+        ROWS,
+        "a weight's gradient is scaled by the weight",
+    ),
+    cpu(
+        "train_rows.h",
+        "exponential(sub(lanes.load(logits + i, lowest)",
+        "exponential(sub(lanes.load(logits + i)",
+        LOGITS,
+        "what is past a row's end counts as a logit of 0",
+    ),
+    cpu(
+        "rows.h",
+        "larger(all(-87.0f), smaller(all(88.0f), x))",
+        "larger(smaller(x, all(88.0f)), all(-87.0f))",
+        HOPELESS,
+        "a NaN becomes a large number",
+    ),
+    cpu(
+        "train_heads.h",
+        "back ? turned_back(pairs, angle) : turned(pairs, angle)",
+        "turned(pairs, angle)",
+        TURN,
+        "gradients are turned forward",
+    ),
+    cpu("train_heads.h", "turn + token * turning", "turn", TURN, "all tokens are turned as the first one"),
+    cpu(
+        "train_heads.h",
+        "for (i64 h = 0; h < heads; h++) total",
+        "for (i64 h = 0; h < 1; h++) total",
+        HEADS,
+        "the shared key learns from the first head alone",
+    ),
+    cpu("train_heads.h", "for (; i < n; i++) out[i] = x[i];", "", HEADS, "the end of an odd row is not copied"),
+    Mutation(
+        "kernels/heads.py",
+        "shared.type_as(expanded), own)",
+        "shared.type_as(expanded).detach(), own)",
+        [HEADS],
+        "the shared key has no gradient",
+    ),
+    cpu(
+        "train_rows.h",
+        "for (; e < count; e++) some<1>(x.row(m), e, out + m * count + e);",
+        "",
+        SCORES,
+        "experts past the last eight have no score",
+    ),
+    cpu(
+        "train_rows.h",
+        "Floats by = all(grad[m * count + e]);",
+        "Floats by = all(grad[first * count + e]);",
+        SCORES,
+        "a piece of rows learns from its first one's scores",
     ),
 ]

@@ -12,7 +12,13 @@ from native_paths import native_paths
 
 from finback import machine
 
-TESTS = ("test_kernels_native.py", "test_kernels_amx.py")
+TESTS = (
+    "test_kernels_native.py",
+    "test_kernels_amx.py",
+    "test_kernels_train_attention.py",
+    "test_kernels_train_experts.py",
+    "test_kernels_train_rows.py",
+)
 LIMIT_S = 1800
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_model import tiny, tiny_model, tokens
 from torch import Tensor
 
-from finback.model import RopeScaling
+from finback.model import Config, RopeScaling
 from finback.model.attention import Part
 
 LENGTH = 14
@@ -97,7 +97,7 @@ def test_naive_and_absorbed_forms_agree(monkeypatch):
         monkeypatch.setattr(LatentAttention, form, lambda *a, plain=plain, form=form: ran.append(form) or plain(*a))
     results = {}
     for form, break_even in (("_naive", 0.0), ("_absorbed", float("inf"))):
-        monkeypatch.setattr(LatentAttention, "_break_even", lambda self, value=break_even: value)
+        monkeypatch.setattr(Config, "absorbed_below", break_even)
         ran.clear()
         results[form] = in_chunks(model, ids, [4, 10])[:, 4:]
         assert ran[-CONFIG.num_hidden_layers :] == [form] * CONFIG.num_hidden_layers

@@ -15,7 +15,7 @@ from finback.kernels.cache_format import CacheFormat, cache_format
 from finback.model import Config
 from finback.model.attention import Pages, Part
 
-_FEW = 32  # new tokens a row: more are cheaper together, their keys and values expanded
+_FEW = 32  # new tokens a row: more are cheaper together, with keys and values in panels
 
 
 class PagedCache:
@@ -35,6 +35,7 @@ class PagedCache:
         form: str | None = None,
     ) -> None:
         self.layers, self.blocks, self.dtype = layers, blocks, dtype
+        self.few = _FEW if config.kv_lora_rank is None else config.absorbed_below
         self.format = _format(config, form)
         width = config.cache_width if self.format is None else self.format.width_bytes
         kind = dtype if self.format is None else torch.uint8
@@ -125,7 +126,7 @@ class View:
             table_BM = self._tables[id(part)]
             table_B = begin + torch.arange(part.rows) * table_BM.shape[1]
             first_B = first + torch.arange(part.rows) * part.width
-            if part.width > _FEW:
+            if part.width > self._cache.few:
                 before_B = length_N[first_B] - 1
                 spans.append(torch.stack((first_B, torch.full_like(first_B, part.width), table_B, before_B), dim=1))
             else:

@@ -1,15 +1,20 @@
-"""Attention by blocks of queries with its backward, in batched matrix products.
+"""Attention by blocks of queries with its backward: compiled for bfloat16 on a CPU, else in batched matrix products.
 
-On a CPU torch's own SDPA takes 2.2 to 2.7 times as long, forward and backward, for 32 x 256 tokens with heads of 48 and
-32 (results/hot_loops). Here a few rows of the batch at a time keep their scores in cache, a block reads only keys that
-one of its queries may see, and without gradients memory grows with T, not T².
+The compiled form makes the probabilities again in the backward, from one number a query. Addresses of tensors are taken
+here for it: whoever calls keeps the tensors alive.
+
+Of the other: on a CPU torch's own SDPA takes 2.2 to 2.7 times as long, forward and backward, for 32 x 256 tokens with
+heads of 48 and 32 (results/hot_loops). Here a few rows of the batch at a time keep their scores in cache, a block reads
+only keys that one of its queries may see, and without gradients memory grows with T, not T².
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from finback.kernels import native
 from finback.kernels.precision import compute_dtype
 
 BLOCK = 128  # queries at a time
@@ -18,9 +23,69 @@ _STEP = 64
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """As `reference.attention`."""
+    """As `reference.attention`. Of a query that sees nothing the compiled form gives zeros, without gradients."""
     dtype = compute_dtype(query)
-    return _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), scale, mask)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    form = _Compiled if _compiled(query, key, scale, mask) else _Attention
+    return form.apply(query, key, value, scale, mask)
+
+
+def _compiled(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> bool:
+    """Whether the kernels take it: bfloat16 on a CPU, a positive scale, causal only of as many keys as queries."""
+    fits = query.dtype == torch.bfloat16 and query.device.type == "cpu" and scale > 0
+    return fits and (mask is not None or query.shape[1] == key.shape[1]) and native.kernels() is not None
+
+
+_PANEL = 16
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, T, H, d] with d filled up to a multiple of 16 by zeros and its numbers side by side, in place if it is so."""
+    x = F.pad(x, (0, -x.shape[-1] % _PANEL))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, scale: float, mask: Tensor | None):
+    """What the kernels are told, widths multiples of 16; all tensors must stay alive."""
+    module = native.kernels()
+    assert module is not None
+    rows, queries, heads, width = query.shape
+    seen = (0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), mask.stride(1))
+    return module.TrainAttention(
+        *(rows, queries, key.shape[1], heads, width, value.shape[3], scale, *seen, log_sum.data_ptr()),
+        *map(_heads, (query, key, value, out)),
+    )
+
+
+def _heads(x_BTHd: Tensor):
+    module = native.kernels()
+    assert module is not None
+    return module.Heads(x_BTHd.data_ptr(), *x_BTHd.stride()[:3])
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        ctx.scale, ctx.widths = scale, (query.shape[3], value.shape[3])
+        query, key, value = _rows(query), _rows(key), _rows(value)
+        if mask is not None:
+            mask = mask.expand(len(query), query.shape[1], key.shape[1])
+            mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        out = value.new_empty(*query.shape[:3], value.shape[3])
+        log_sum = out.new_empty(len(out), out.shape[2], out.shape[1], dtype=torch.float32)
+        _call(query, key, value, out, log_sum, scale, mask).forward(torch.get_num_threads())
+        ctx.save_for_backward(query, key, value, out, log_sum, mask)
+        return out[..., : ctx.widths[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sum, mask = ctx.saved_tensors
+        grad = _rows(grad)
+        back = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        call = _call(query, key, value, out, log_sum, ctx.scale, mask)
+        call.backward(_heads(grad), *map(_heads, back), torch.get_num_threads())
+        wide, narrow = ctx.widths
+        return back[0][..., :wide], back[1][..., :wide], back[2][..., :narrow], None, None
 
 
 def _heads_first(x: Tensor) -> Tensor:

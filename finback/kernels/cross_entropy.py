@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finback.kernels import native
 from finback.kernels.precision import compute_dtype, wide_dtype
 from finback.kernels.reference import IGNORED
 from finback.kernels.tiles import tiles
@@ -16,8 +17,19 @@ def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk
     return _CrossEntropy.apply(hidden_ND.to(dtype), weight_VD, targets_N, chunk)
 
 
-def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of the rows' losses; the logits become its gradient, softmax - onehot, in place.
+def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """The sum of the rows' losses; the logits become its gradient, softmax - onehot, in place."""
+    module = native.taking(logits_RV)
+    if module is None:
+        return sum((_by_softmax(logits_RV[rows], targets_R[rows], dtype) for rows in tiles(logits_RV)), 0.0)
+    inside = bool(((targets_R >= 0) & (targets_R < logits_RV.shape[1])).all())
+    assert inside and logits_RV.is_contiguous(), "a target outside the vocabulary"
+    sizes = (*logits_RV.shape, logits_RV.dtype == torch.float32)
+    return module.loss_to_gradient(*sizes, logits_RV.data_ptr(), targets_R.data_ptr(), torch.get_num_threads())
+
+
+def _by_softmax(logits_RV: Tensor, targets_R: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of a few rows, in plain torch.
 
     log Σ exp(l) = max l - log(max p), exact where softmax is: max p >= 1 / V.
     """
@@ -46,8 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
         for part in kept.split(chunk):
             hidden, targets = hidden_ND.index_select(0, part), targets_N.index_select(0, part)
             logits = torch.mm(hidden, head_VD.T, out=buffer[: len(part)])
-            for rows in tiles(logits):
-                total += _loss_to_gradient(logits[rows], targets[rows], wide)
+            total += _loss_to_gradient(logits, targets, wide)
             if d_hidden is None or d_weight is None:
                 continue
             d_hidden.index_copy_(0, part, logits @ head_VD)

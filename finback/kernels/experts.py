@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.kernels import native
 from finback.kernels.linear import linear
 from finback.kernels.precision import compute_dtype
 from finback.kernels.reference import Product
@@ -24,6 +25,8 @@ def expert_ffn(x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, 
     dtype = compute_dtype(x_ND)
     if not torch.is_grad_enabled() and x_ND.device.type == "cpu":
         return expert_stream(x_ND, _product(gate_up), _product(down), len(gate_up), experts_NK, weights_NK)
+    if dtype == torch.bfloat16 and native.training(x_ND, gate_up, down, weights_NK) is not None:
+        return _NativeExpertFFN.apply(x_ND.to(dtype), gate_up, down, experts_NK, weights_NK)
     return _ExpertFFN.apply(x_ND.to(dtype), gate_up.to(dtype), down.to(dtype), experts_NK, weights_NK.to(dtype))
 
 
@@ -129,3 +132,43 @@ class _ExpertFFN(torch.autograd.Function):
         d_gate_up = _grouped(d_hidden.T, x_ND.index_select(0, source), ends)
         dx = _grouped(d_hidden, gate_up, ends)
         return F.embedding_bag(place_NK, dx, mode="sum"), d_gate_up, d_down, None, d_weights
+
+
+class _NativeExpertFFN(torch.autograd.Function):
+    """The same in one native call each way: weights are laid into panels anew, their gradients are float32 sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor):
+        ctx.dtypes, ctx.module = (gate_up.dtype, down.dtype, weights_NK.dtype), native.kernels()
+        x_ND, experts_NK, weights_NK = x_ND.contiguous(), experts_NK.contiguous(), weights_NK.float().contiguous()
+        # An expert's rows are filled up to a multiple of 32.
+        hidden, out = x_ND.new_empty(experts_NK.numel() + 32 * len(down), gate_up.shape[1]), torch.empty_like(x_ND)
+        inputs = (x_ND, gate_up, down, experts_NK, weights_NK)
+        _native(ctx.module, *inputs).forward(hidden.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        ctx.save_for_backward(*inputs, hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, hidden = ctx.saved_tensors
+        x_ND, gate_up, down, _, weights_NK = inputs
+        grad_ND, dx = grad_ND.to(x_ND.dtype).contiguous(), torch.empty_like(x_ND)
+        d_gate_up, d_down = torch.empty(gate_up.shape), torch.empty(down.shape)
+        d_weights = torch.empty_like(weights_NK)
+        to = (grad_ND, dx, d_gate_up, d_gate_up.chunk(2, dim=1)[1], d_down, d_weights)
+        addresses = (hidden.data_ptr(), *(each.data_ptr() for each in to))
+        _native(ctx.module, *inputs).backward(*addresses, torch.get_num_threads())
+        grads = (x.to(dtype) for x, dtype in zip((d_gate_up, d_down, d_weights), ctx.dtypes, strict=True))
+        return dx, next(grads), next(grads), None, next(grads)
+
+
+def _native(module: Any, x_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Any:
+    def stored(stack: Tensor) -> Any:
+        assert stack.stride(-1) == 1
+        wide = stack.dtype == torch.float32
+        return module.Stored(stack.data_ptr(), stack.shape[1], stack.shape[2], stack.stride(1), wide)
+
+    gate, up = gate_up.chunk(2, dim=1)
+    sizes = (*x_ND.shape, gate.shape[1], len(gate), experts_NK.shape[1])
+    where = (x_ND.data_ptr(), experts_NK.data_ptr(), weights_NK.data_ptr())
+    return module.TrainExperts(*sizes, *where, *map(stored, (gate, up, down)), gate_up.stride(0), down.stride(0))

@@ -1,7 +1,8 @@
 """The compiled kernels of this machine, if there are any: found once, by what the processor says it can do.
 
-FINBACK_KERNELS forces a path: amx, avx512, avx2, or torch for none. Addresses are taken here, in measure.py and in
-model/fused.py, and nowhere else; whoever calls keeps the tensors alive.
+FINBACK_KERNELS forces a path: amx, avx512, avx2, or torch for none. Addresses are taken here, in measure.py, in
+model/fused.py and in the files of what training does natively (attention, experts, norm, swiglu, rotary, heads, scores,
+cross_entropy), and nowhere else; whoever calls keeps the tensors alive.
 """
 
 import importlib
@@ -113,6 +114,28 @@ def _tell() -> None:
     """A module has a switch of its own: few and many rows are other kernels, and it says which products are which."""
     if _level is not None and _level[1] is not None:
         _level[1].fixed_order(_fixed)
+
+
+def taking(*tensors: Tensor) -> ModuleType | None:
+    """The module, if there is one and it takes such tensors: on the CPU, float32 or bfloat16, each by itself."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return kernels() if all(x.dtype in dtypes and x.device.type == "cpu" for x in tensors) else None
+
+
+def training(*tensors: Tensor) -> ModuleType | None:
+    """The same where gradients may be asked for; without them nothing changes from what engines compare with."""
+    return taking(*tensors) if torch.is_grad_enabled() else None
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., D] as [N, D] whose rows are dense and as far apart as `stride(0)` says; copied only if they are not."""
+    x_ND = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    return x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
+
+
+def address(x_ND: Tensor | None) -> tuple[int, int]:
+    """Of `rows`: where they begin and how many numbers one is from the next."""
+    return (0, 0) if x_ND is None else (x_ND.data_ptr(), x_ND.stride(0))
 
 
 def matrix(form: str | None, rows: int, cols: int, panels: Tensor):

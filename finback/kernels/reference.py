@@ -16,11 +16,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight.type_as(x)
 
 
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added in x's dtype, and that normed."""
+    total = (x + added).type_as(x)
+    return total, rms_norm(total, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return F.silu(gate) * up
+
+
+def scores(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """x Wᵀ, of whatever dtype, in fp32."""
+    return x_ND.float() @ weight_ED.float().T
+
+
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x [B, T, ..., 2P], each a complex number, by factors [B, T, ..., P]; in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Turn the last 2P numbers of x [B, T, ..., D], pairs that are complex numbers, by factors [B, T, ..., P].
+
+    In fp32, pairs interleaved; the numbers before them stay as they are.
+    """
+    before, pairs = x.tensor_split([x.shape[-1] - 2 * turn.shape[-1]], dim=-1)
+    even, odd = pairs.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = turn.real, turn.imag
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    return torch.cat((before, turned), dim=-1)
+
+
+def keys_values(expanded: Tensor, shared: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """Expanded latents [B, T, H, own | value], one key for all heads [B, T, R]: keys [B, T, H, own | R], and values."""
+    key, value = expanded.tensor_split([own], dim=-1)
+    return torch.cat((key, shared.unsqueeze(2).expand(-1, -1, key.shape[2], -1).type_as(key)), dim=-1), value
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

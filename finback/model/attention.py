@@ -138,47 +138,38 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         query = self._query(x_BTD, context)
-        return self.o_proj(context.attend(self.layer, self._entry(x_BTD, context), self._attend, *query))
+        return self.o_proj(context.attend(self.layer, self._entry(x_BTD, context), self._attend, query))
 
-    def _attend(self, entry_BSC: Tensor, mask: Tensor | None, q_nope: Tensor, q_rope: Tensor) -> Tensor:
-        new, held = q_nope.shape[1], entry_BSC.shape[1]
-        if new < held and new < self._break_even():
-            return self._absorbed(q_nope, q_rope, entry_BSC, mask)
-        return self._naive(q_nope, q_rope, entry_BSC, mask)
+    def _attend(self, entry_BSC: Tensor, mask: Tensor | None, query: Tensor) -> Tensor:
+        new, held = query.shape[1], entry_BSC.shape[1]
+        if new < held and new < self.config.absorbed_below:
+            return self._absorbed(query, entry_BSC, mask)
+        return self._naive(query, entry_BSC, mask)
 
-    def _query(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Per head [nope | rope]: two tensors [B, T, H, ·], the second turned to its positions."""
+    def _query(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """Per head [nope | rope], the second part turned to its position: [B, T, H, ·]."""
         if self.config.q_lora_rank is None:
             q = self.q_proj(x_BTD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q = q.unflatten(-1, (self.config.num_attention_heads, -1))
-        q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
-        return q_nope, dispatch.rotate(q_rope, context.turn.unsqueeze(2))
+        return dispatch.rotate(q, context.turn.unsqueeze(2))
 
     def _entry(self, x_BTD: Tensor, context: Context) -> Tensor:
         """What is remembered of each token: the normed latent and the roped shared key, [B, T, C]."""
         latent, key = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.config.qk_rope_head_dim), dim=-1)
         return torch.cat((self.kv_a_layernorm(latent), dispatch.rotate(key, context.turn)), dim=-1)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask: Tensor | None) -> Tensor:
-        heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim
+    def _naive(self, query: Tensor, entry_BSC: Tensor, mask: Tensor | None) -> Tensor:
         latent, key = entry_BSC.split((self.rank, self.config.qk_rope_head_dim), dim=-1)
-        expanded = self.kv_b_proj(latent).unflatten(-1, (heads, -1))
-        k_nope, value = expanded.split((nope, self.config.v_head_dim), dim=-1)
-        key = torch.cat((k_nope, key.unsqueeze(2).expand(-1, -1, heads, -1).type_as(k_nope)), dim=-1)
-        query = torch.cat((q_nope, q_rope), dim=-1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.config.num_attention_heads, -1))
+        key, value = dispatch.keys_values(expanded, key, self.config.qk_nope_head_dim)
         return dispatch.attention(query, key, value, self.scale, mask).flatten(-2)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
+    def _absorbed(self, query: Tensor, entry_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         nope = self.config.qk_nope_head_dim
+        q_nope, q_rope = query.split((nope, self.config.qk_rope_head_dim), dim=-1)
         weight_HXL = self.kv_b_proj.weight.dense().unflatten(0, (self.config.num_attention_heads, -1))
         query = torch.cat((dispatch.per_head(q_nope, weight_HXL[:, :nope]), q_rope), dim=-1)
         mixed = dispatch.latent_attention(query, entry_BSC, self.rank, self.scale, mask_BTS)
         return dispatch.per_head(mixed, weight_HXL[:, nope:].transpose(1, 2)).flatten(-2)
-
-    def _break_even(self) -> float:
-        """Fewer new tokens than this make the absorbed form the cheaper one (85 tokens for V3's 512, 128, 128 …)."""
-        rank, per_head = self.rank, self.config.qk_nope_head_dim + self.config.v_head_dim
-        saved = 2 * rank - per_head
-        return rank * per_head / saved if saved > 0 else float("inf")

@@ -12,7 +12,7 @@ from finback.model.moe import MoE, Routing
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the last sum is left to the norm that comes next, in one pass."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -23,11 +23,15 @@ class Block(nn.Module):
         self.fused: Any = None  # model/fused.py, where the weights lie in panels
         self.mlp = MoE(config, layer) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD: Tensor, context: Context, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, added_BTD: Tensor | None, context: Context, routing: Routing | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes x and what is still to be added to it, returns both after this layer; None adds nothing."""
         if self.fused is not None and self.fused.takes(x_BTD):
-            return self.fused(x_BTD, context, routing)
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+            x_BTD = x_BTD if added_BTD is None else x_BTD + added_BTD
+            return self.fused(x_BTD, context, routing), None
+        x_BTD, normed_BTD = self.input_layernorm(x_BTD, added_BTD, both=True)
+        x_BTD, normed_BTD = self.post_attention_layernorm(x_BTD, self.self_attn(normed_BTD, context), both=True)
         if isinstance(self.mlp, MoE):
-            return x_BTD + self.mlp(normed_BTD, routing)
-        return x_BTD + self.mlp(normed_BTD)
+            return x_BTD, self.mlp(normed_BTD, routing)
+        return x_BTD, self.mlp(normed_BTD)

@@ -166,6 +166,17 @@ class Config:
         return 2 * self.kv_heads * self.query_dim
 
     @property
+    def absorbed_below(self) -> float:
+        """Fewer new tokens make the absorbed form of latent attention the cheaper one: 85 for (M), 171 for V3.
+
+        Expanding an entry costs 2 L (n + v) a head, once; absorbed, each token pays 2 L - n - v more a slot.
+        """
+        assert self.kv_lora_rank is not None
+        rank, per_head = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
+        saved = 2 * rank - per_head
+        return rank * per_head / saved if saved > 0 else float("inf")
+
+    @property
     def active_scaling(self) -> Scaling | None:
         """The scaling in force. DeepSeek's YaRN only where the context was extended, Qwen2's wherever it is named."""
         scaling = self.rope_scaling

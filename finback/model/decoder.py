@@ -46,9 +46,10 @@ class Decoder(nn.Module):
         """
         x_BTD = self.embed_tokens(ids) if embeds is None else embeds
         context = Context.build(self.config, positions, x_BTD.shape, x_BTD.device, cache)
+        added_BTD = None
         for layer in self.layers.values():
-            x_BTD = layer(x_BTD, context, routing)
-        return self.norm(x_BTD)
+            x_BTD, added_BTD = layer(x_BTD, added_BTD, context, routing)
+        return self.norm(x_BTD, added_BTD, both=True)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 scores (float64 of a float64 model) over the vocabulary, [..., V]."""

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from finback.kernels import dispatch
 from finback.model.weight import DenseWeight, Weight
@@ -49,7 +48,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(dispatch.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):
@@ -60,5 +59,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, added: Tensor | None = None, both: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Normed x; with `both` the pair of x + added (None adds nothing) and that normed."""
+        if both:
+            return dispatch.add_norm(x, added, self.weight, self.eps)
         return dispatch.rms_norm(x, self.weight, self.eps)

@@ -5,9 +5,8 @@ Checkpoint behaviour where paper and files differ.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from finback.kernels.precision import wide
+from finback.kernels import dispatch
 from finback.model.config import Config
 from finback.model.linear import MLP, Experts
 
@@ -38,8 +37,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor]:
         """Returns the chosen experts and their weights, both [N, K] with N = B·T."""
         with torch.autocast(x_BTD.device.type, enabled=False):
-            x_ND = wide(x_BTD.flatten(0, 1))
-            logits_NE = F.linear(x_ND, self.weight.to(x_ND.dtype))
+            logits_NE = dispatch.scores(x_BTD.flatten(0, 1), self.weight)
             scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         if routing is not None and self.layer in routing:
             experts_NK = routing[self.layer]

@@ -39,4 +39,4 @@ class MTP(nn.Module):
         """Row i joins hidden_i with the embedding of token i + 1; the result predicts token i + 2."""
         joined = torch.cat((self.enorm(next_embeds_BTD), self.hnorm(hidden_BTD)), dim=-1)
         context = Context.build(self.config, positions, hidden_BTD.shape, hidden_BTD.device, cache)
-        return self.norm(self.block(self.eh_proj(joined), context, routing))
+        return self.norm(*self.block(self.eh_proj(joined), None, context, routing), both=True)[1]

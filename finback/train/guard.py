@@ -17,7 +17,8 @@ def first_bad_tensor(model: Model, batch: Batch) -> str:
 
     def look(name: str):
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not _finite(output):
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not found and any(isinstance(tensor, Tensor) and not _finite(tensor) for tensor in tensors):
                 found.append(f"output of {name}")
 
         return hook

@@ -19,9 +19,9 @@ class AttentionRun {
     i64 entry_, value_, streams_;  // numbers of an entry and of a mixed value; panels of 16 queries of a token
     i64 key_, query_panel_, step_;
     Rows x_, out_;
-    float *most_ = nullptr, *total_ = nullptr, *mixed_parts_ = nullptr, *span_mixed_ = nullptr;
+    float *most_ = nullptr, *total_ = nullptr, *mixed_parts_ = nullptr, *share_ = nullptr, *span_mixed_ = nullptr;
     uint8_t *queries_ = nullptr, *expanded_ = nullptr;
-    i64 *first_chunk_ = nullptr, *row_of_ = nullptr;
+    i64 *first_chunk_ = nullptr, *row_of_ = nullptr, *turn_ = nullptr;
     i64 expanded_bytes_ = 0;
 
     // key: numbers of a query as the cache is asked; value: numbers that come of it; out: numbers of all heads.
@@ -43,10 +43,21 @@ class AttentionRun {
             first_chunk_[row + 1] = first_chunk_[row] + (call_.length[call_.single[row]] + CHUNK - 1) / CHUNK;
         row_of_ = arena_.take<i64>(first_chunk_[count]);
         for (i64 row = 0; row < count; row++) std::fill(row_of_ + first_chunk_[row], row_of_ + first_chunk_[row + 1], row);
+        turn_ = arena_.take<i64>(first_chunk_[count]);
+        order_chunks(count);
+        share_ = arena_.take<float>(first_chunk_[count] * threads_);
         i64 parts = first_chunk_[count] * streams_;
         most_ = arena_.take<float>(parts * PANEL);
         total_ = arena_.take<float>(parts * PANEL);
         mixed_parts_ = arena_.take<float>(parts * PANEL * value_);
+    }
+
+    // The same stretch of every token's slots before the next: neighbours of one sequence find it in the cache.
+    void order_chunks(i64 count) {
+        i64 turn = 0;
+        for (i64 chunk = 0; turn < first_chunk_[count]; chunk++)
+            for (i64 row = 0; row < count; row++)
+                if (first_chunk_[row] + chunk < first_chunk_[row + 1]) turn_[turn++] = first_chunk_[row] + chunk;
     }
 
     // Memory of a head's expanded keys and values, for every thread.
@@ -92,17 +103,18 @@ class AttentionRun {
     }
 
     void attend(i64 piece, const Stream& stream, i64 heads) {
-        i64 chunk = piece / streams_, panel = piece % streams_, row = row_of_[chunk], token = call_.single[row];
+        i64 chunk = turn_[piece / streams_], panel = piece % streams_, row = row_of_[chunk], token = call_.single[row];
         Pack query{Form::bf16, PANEL, key_, queries_ + (row * streams_ + panel) * query_panel_, query_panel_};
         Entries entries{call_.cache, entry_, call_.tables + call_.table[token], call_.length[token]};
-        attend_chunk(query, entries, stream, (chunk - first_chunk_[row]) * CHUNK, base_.scale, heads, partial(piece));
+        attend_chunk(query, entries, stream, (chunk - first_chunk_[row]) * CHUNK, base_.scale, heads,
+                     partial(chunk * streams_ + panel));
     }
 
     void join_lane(i64 row, i64 stream, i64 lane, bf16* out) {
         i64 chunks = first_chunk_[row + 1] - first_chunk_[row];
         Partial first = partial(first_chunk_[row] * streams_ + stream);
         join(first.most + lane, first.total + lane, first.mixed + lane * value_, chunks, streams_ * PANEL,
-             streams_ * PANEL * value_, value_, out);
+             streams_ * PANEL * value_, value_, share_ + omp_get_thread_num() * first_chunk_[call_.singles], out);
     }
 
     // All queries of one head over a span, its keys and values expanded.

@@ -55,19 +55,66 @@ inline __m256 power_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline Floats power_of_two(Floats n) { return {power_of_two(n.a), power_of_two(n.b)}; }  // whole numbers -126 .. 127
+// Pairs of neighbouring lanes, each a complex number, times those of `by`, or times their conjugates.
+inline __m256 crossed(__m256 x, __m256 by) { return _mm256_mul_ps(_mm256_permute_ps(x, 0xb1), _mm256_movehdup_ps(by)); }
+inline Floats turned(Floats x, Floats by) {
+    return {_mm256_fmaddsub_ps(x.a, _mm256_moveldup_ps(by.a), crossed(x.a, by.a)),
+            _mm256_fmaddsub_ps(x.b, _mm256_moveldup_ps(by.b), crossed(x.b, by.b))};
+}
+inline Floats turned_back(Floats x, Floats by) {
+    return {_mm256_fmsubadd_ps(x.a, _mm256_moveldup_ps(by.a), crossed(x.a, by.a)),
+            _mm256_fmsubadd_ps(x.b, _mm256_moveldup_ps(by.b), crossed(x.b, by.b))};
+}
 inline __m256 widened(const bf16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16));
 }
 inline Floats load(const bf16* x) { return {widened(x), widened(x + 8)}; }
+inline __m256i narrowed(__m256 x) {  // as `narrow`, into the low halves of the lanes
+    __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(64 << 16));
+    __m256 unordered = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(unordered)), 16);
+}
 inline void store(bf16* out, Floats x) {
-    alignas(32) float wide[16];
-    store(wide, x);
-    for (int lane = 0; lane < 16; lane++) out[lane] = narrow(wide[lane]);
+    __m256i mixed = _mm256_packus_epi32(narrowed(x.a), narrowed(x.b));
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 inline void store(int8_t* out, Floats x) {
     __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
     pairs = _mm256_permute4x64_epi64(pairs, 0xd8);
     _mm_storeu_si128((__m128i*)out, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+
+// Sixteen numbers of each, by turns.
+inline void interleave(bf16* out, const bf16* a, const bf16* b) {
+    __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
+    __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256((__m256i*)out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+}
+// x · 2^n of whole numbers n, next to nothing of x where n is far below zero; and log2 x to one digit.
+inline Floats scaled(Floats x, Floats n) { return mul(x, power_of_two(larger(n, all(-126.0f)))); }
+inline Floats rough_log2(Floats x) {
+    Floats bits = {_mm256_cvtepi32_ps(_mm256_castps_si256(x.a)), _mm256_cvtepi32_ps(_mm256_castps_si256(x.b))};
+    return fma(bits, all(1.0f / (1 << 23)), all(-127.0f));
+}
+// The lanes of x whose bit is set, of `other` the rest.
+inline __m256 chosen(int lanes, __m256 x, __m256 other) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bit), bit);
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(set));
+}
+inline Floats chosen(uint16_t lanes, Floats x, Floats other) {
+    return {chosen(lanes, x.a, other.a), chosen(lanes >> 8, x.b, other.b)};
+}
+// Both as bfloat16, by turns: first[0], second[0], first[1], ...
+inline __m256i paired(__m256 first, __m256 second) {
+    return _mm256_blend_epi16(narrowed(first), _mm256_slli_epi32(narrowed(second), 16), 0xaa);
+}
+inline void store_pairs(bf16* out, Floats first, Floats second) {
+    _mm256_storeu_si256((__m256i*)out, paired(first.a, second.a));
+    _mm256_storeu_si256((__m256i*)out + 1, paired(first.b, second.b));
 }
 
 // What registers hold becomes unknown to the compiler.
@@ -101,6 +148,16 @@ struct Pairs {
     static Floats dot(Floats s, const Weight& w, const Row& x) {
         s = {_mm256_fmadd_ps(w.first.a, x.first, s.a), _mm256_fmadd_ps(w.first.b, x.first, s.b)};
         return {_mm256_fmadd_ps(w.second.a, x.second, s.a), _mm256_fmadd_ps(w.second.b, x.second, s.b)};
+    }
+
+    // Sixteen columns of two rows; both of 16 rows' numbers, and how they are kept to be told to all lanes.
+    using Share = float;
+    static Weight of(const bf16* first, const bf16* second) { return {load(first), load(second)}; }
+    static Row row(const float* x) { return {_mm256_broadcast_ss(x), _mm256_broadcast_ss(x + 1)}; }
+    static void keep(Share* out, Floats first, Floats second) {
+        alignas(32) float a[16], b[16];
+        store(a, first), store(b, second);
+        for (int lane = 0; lane < 16; lane++) out[2 * lane] = a[lane], out[2 * lane + 1] = b[lane];
     }
 };
 

@@ -29,6 +29,13 @@ inline Floats rounded(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_N
 inline Floats power_of_two(Floats n) {  // of whole numbers -126 .. 127
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+// Pairs of neighbouring lanes, each a complex number, times those of `by`, or times their conjugates.
+inline Floats turned(Floats x, Floats by) {
+    return _mm512_fmaddsub_ps(x, _mm512_moveldup_ps(by), mul(_mm512_permute_ps(x, 0xb1), _mm512_movehdup_ps(by)));
+}
+inline Floats turned_back(Floats x, Floats by) {
+    return _mm512_fmsubadd_ps(x, _mm512_moveldup_ps(by), mul(_mm512_permute_ps(x, 0xb1), _mm512_movehdup_ps(by)));
+}
 inline Floats load(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
@@ -37,11 +44,35 @@ inline void store(int8_t* out, Floats x) {
     _mm_storeu_si128((__m128i*)out, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
+// Sixteen numbers of each, by turns.
+inline __m512i by_turns(__m512i low_and_high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, low_and_high);
+}
+inline __m512i by_turns(const bf16* first, const bf16* second) {
+    __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
+    return by_turns(_mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)second), 1));
+}
+inline void interleave(bf16* out, const bf16* a, const bf16* b) { _mm512_storeu_si512(out, by_turns(a, b)); }
+// Both as bfloat16, by turns: first[0], second[0], first[1], ...
+inline void store_pairs(bf16* out, Floats first, Floats second) {
+    _mm512_storeu_si512(out, by_turns((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+}
+
 // What a register holds becomes unknown to the compiler.
 template <class Register>
 inline void forget(Register& x) {
     asm volatile("" : "+v"(x));
 }
+
+// x · 2^n of whole numbers n, nothing of x where n is far below zero; and log2 x to one digit.
+inline Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline Floats rough_log2(Floats x) {
+    return fma(_mm512_cvtepi32_ps(_mm512_castps_si512(x)), all(1.0f / (1 << 23)), all(-127.0f));
+}
+// The lanes of x whose bit is set, of `other` the rest.
+inline Floats chosen(uint16_t lanes, Floats x, Floats other) { return _mm512_mask_blend_ps(__mmask16(lanes), other, x); }
 
 inline Ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
@@ -57,6 +88,11 @@ struct Pairs {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
     static Floats dot(Floats sum, Weight w, Row x) { return _mm512_dpbf16_ps(sum, w, x); }
+
+    // Sixteen columns of two rows; both of 16 rows' numbers, and how they are kept to be told to all lanes.
+    using Share = bf16;
+    static Weight of(const bf16* first, const bf16* second) { return (__m512bh)by_turns(first, second); }
+    static void keep(Share* out, Floats first, Floats second) { store_pairs(out, first, second); }
 };
 
 // The bfloat16 of every E4M3 code without its sign: exact, or times a scale and rounded once.

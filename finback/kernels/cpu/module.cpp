@@ -1,8 +1,5 @@
 // One Python module per instruction set: the same sources, built again with other flags, so that no code of one
 // set can be linked into another. Addresses are integers: nothing here knows of PyTorch.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-
 #if defined(__AVX512BF16__)
 #include "avx512.h"
 #else
@@ -24,23 +21,11 @@
 
 #include "limits.h"
 
-namespace nb = nanobind;
+#include "train_bindings.h"
+
 using namespace finback;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// A field that is an address, written as an integer.
-template <class Class, class T>
-void address(nb::class_<Class>& bound, const char* name, T* Class::*field) {
-    bound.def_prop_rw(
-        name, [field](const Class& self) { return reinterpret_cast<uintptr_t>(self.*field); },
-        [field](Class& self, uintptr_t value) { self.*field = at<T>(value); });
-}
 
 void bind_feed_forward(nb::module_& m) {
     nb::class_<FeedForward> bound(m, "FeedForward");
@@ -192,4 +177,8 @@ NB_MODULE(FINBACK_MODULE, m) {
     bind_latent(m);
     bind_grouped(m);
     bind_limits(m);
+    bind_train_attention(m);
+    bind_train_experts(m);
+    bind_train_rows(m);
+    bind_train_heads(m);
 }

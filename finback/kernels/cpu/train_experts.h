@@ -1,0 +1,248 @@
+// The gated feed-forward of routed experts in training, and its gradients.
+#pragma once
+
+#include <vector>
+
+#include "lanes.h"
+#include "rows.h"
+#include "train_product.h"
+
+namespace finback {
+
+struct TrainExperts {
+    i64 tokens, hidden, width, experts, chosen;
+    const bf16* x;          // [tokens, hidden]
+    const int64_t* choice;  // [tokens, chosen]
+    const float* weight;    // [tokens, chosen]
+    Stored gate, up, down;  // of expert 0
+    i64 gate_next, down_next;  // numbers from one expert's gate (and up) to the next one's, and of down
+};
+
+struct TrainExpertsGradients {
+    const bf16* grad;                           // [tokens, hidden]
+    bf16* dx;                                   // [tokens, hidden]
+    float *d_gate, *d_up, *d_down, *d_weight;   // as the weights lie; d_weight [tokens, chosen]
+};
+
+// Rows sorted by expert, each expert's filled up to a multiple of STEP by rows of no token.
+struct TrainDeal {
+    std::vector<i64> start, place, source;  // [experts + 1], [tokens · chosen], [rows]: a choice, or -1
+
+    explicit TrainDeal(const TrainExperts& call) : start(call.experts + 1, 0), place(call.tokens * call.chosen) {
+        i64 choices = call.tokens * call.chosen;
+        for (i64 i = 0; i < choices; i++) start[call.choice[i] + 1]++;
+        for (i64 e = 0; e < call.experts; e++) start[e + 1] = start[e] + round_up(start[e + 1], STEP);
+        source.assign(start.back(), -1);
+        std::vector<i64> next(start.begin(), start.end() - 1);
+        for (i64 i = 0; i < choices; i++) source[place[i] = next[call.choice[i]]++] = i;
+    }
+    i64 rows() const { return start.back(); }
+};
+
+class TrainExpertsRun {
+  public:
+    TrainExpertsRun(const TrainExperts& call, int threads)
+        : call_(call), threads_(threads), arena_(Arena::fresh()), deal_(call), both_(2 * call.width),
+          wide_(round_up(call.hidden, STEP)), half_(round_up(call.width, STEP)), whole_(round_up(both_, STEP)) {
+        for (i64 e = 0; e < call.experts; e++)
+            for (i64 row = deal_.start[e]; row < deal_.start[e + 1]; row += ROWS_A_PIECE)
+                pieces_.push_back({e, row, std::min(ROWS_A_PIECE, deal_.start[e + 1] - row)});
+    }
+
+    // hidden [rows of the deal, 2 width] is kept for the backward pass; out: [tokens, hidden].
+    void forward(bf16* hidden, bf16* out) {
+        const TrainExperts& c = call_;
+        Pack gate_up = arena_pack(arena_, both_, c.hidden, c.experts), down = arena_pack(arena_, c.hidden, c.width, c.experts);
+        i64 first = c.experts * gate_up.panels(), second = c.experts * down.panels();
+        bf16* result = arena_.take<bf16>(deal_.rows() * c.hidden);
+        i64 room = ROWS_A_PIECE * (wide_ + half_);
+        bf16* rooms = arena_.take<bf16>(threads_ * room);
+#pragma omp parallel num_threads(threads_)
+        {
+            team_.share(0, first + second, [&](i64 piece) {
+                if (piece < first) lay_gate_up(of(gate_up, piece / gate_up.panels()), piece / gate_up.panels(), piece % gate_up.panels());
+                else lay_down(of(down, (piece - first) / down.panels()), (piece - first) / down.panels(), (piece - first) % down.panels());
+            });
+            team_.share(1, i64(pieces_.size()), [&](i64 index) {
+                const Piece& p = pieces_[index];
+                bf16* x = rooms + omp_get_thread_num() * room;
+                bf16* active = x + ROWS_A_PIECE * wide_;
+                for (i64 r = 0; r < p.rows; r++) gather(c.x, p.first + r, x + r * wide_);
+                times({p.rows, wide_, wide_, x}, of(gate_up, p.expert), hidden + p.first * both_, both_);
+                for (i64 r = 0; r < p.rows; r++) activate(hidden + (p.first + r) * both_, active + r * half_);
+                times({p.rows, half_, half_, active}, of(down, p.expert), result + p.first * c.hidden, c.hidden);
+            });
+            team_.share(2, c.tokens, [&](i64 token) { mix(result, token, c.weight, out + token * c.hidden); });
+        }
+    }
+
+    void backward(const bf16* hidden, const TrainExpertsGradients& to) {
+        const TrainExperts& c = call_;
+        Pack gate_up = arena_pack(arena_, c.hidden, both_, c.experts), down = arena_pack(arena_, c.width, c.hidden, c.experts);
+        by_x_ = columns(c.hidden), by_gate_ = columns(c.width), by_up_ = columns(c.width), by_active_ = columns(c.width), by_grad_ = columns(c.hidden);
+        row_dx_ = arena_.take<bf16>(deal_.rows() * c.hidden);
+        row_weight_ = arena_.take<float>(deal_.rows());
+        i64 first = c.experts * columns_pieces(gate_up), second = c.experts * columns_pieces(down);
+        i64 room = ROWS_A_PIECE * (2 * wide_ + 2 * half_ + whole_);
+        bf16* rooms = arena_.take<bf16>(threads_ * room);
+        Contraction in(c.width, c.hidden, threads_), out(c.hidden, c.width, threads_);
+        i64 each = 2 * in.pieces() + out.pieces();
+#pragma omp parallel num_threads(threads_)
+        {
+            team_.share(0, first + second, [&](i64 piece) {
+                if (piece < first) lay_back(of(gate_up, piece / columns_pieces(gate_up)), piece / columns_pieces(gate_up), piece % columns_pieces(gate_up));
+                else lay_down_back(of(down, (piece - first) / columns_pieces(down)), (piece - first) / columns_pieces(down), (piece - first) % columns_pieces(down));
+            });
+            team_.share(1, i64(pieces_.size()), [&](i64 index) {
+                piece_backward(pieces_[index], hidden, to.grad, gate_up, down, rooms + omp_get_thread_num() * room);
+            });
+            team_.share(2, c.experts * each + c.tokens, [&](i64 piece) {
+                if (piece < c.experts * each) sum(piece / each, piece % each, in, out, to);
+                else leave(piece - c.experts * each, to);
+            });
+        }
+    }
+
+    i64 rows() const { return deal_.rows(); }
+
+  private:
+    struct Piece {
+        i64 expert, first, rows;
+    };
+    const TrainExperts& call_;
+    int threads_;
+    Arena& arena_;
+    TrainDeal deal_;
+    i64 both_, wide_, half_, whole_;  // numbers of a hidden row; the sizes filled up
+    std::vector<Piece> pieces_;
+    Team team_;
+    Columns by_x_{}, by_gate_{}, by_up_{}, by_active_{}, by_grad_{};
+    bf16* row_dx_ = nullptr;
+    float* row_weight_ = nullptr;
+
+    static Pack of(Pack pack, i64 expert) {
+        pack.data += expert * pack.panels() * pack.stride;
+        return pack;
+    }
+    static Stored expert_of(Stored matrix, i64 expert, i64 next) {
+        matrix.data = static_cast<const char*>(matrix.data) + expert * next * (matrix.wide ? 4 : 2);
+        return matrix;
+    }
+
+    // Gate rows first, then up rows.
+    void lay_gate_up(const Pack& to, i64 expert, i64 panel) {
+        Stored gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
+        lay_rows(to, panel, [&](i64 row, i64 column, i64 count, bf16* out) {
+            bool first = row < call_.width;
+            (first ? gate : up).read(first ? row : row - call_.width, column, count, STEP, out);
+        });
+    }
+    void lay_down(const Pack& to, i64 expert, i64 panel) { lay_rows_piece(to, expert_of(call_.down, expert, call_.down_next), panel); }
+    void lay_back(const Pack& to, i64 expert, i64 piece) {
+        Stored gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
+        lay_columns(to, piece * STEP, std::min(STEP, both_ - piece * STEP), [&](i64 row, i64 column, i64 count, bf16* room) {
+            bool first = row < call_.width;
+            return (first ? gate : up).sixteen(first ? row : row - call_.width, column, count, room);
+        });
+    }
+    void lay_down_back(const Pack& to, i64 expert, i64 piece) {
+        lay_columns_piece(to, expert_of(call_.down, expert, call_.down_next), piece);
+    }
+
+    // All rows of the deal by columns, expert by expert: an expert's part begins where its rows do.
+    Columns columns(i64 numbers) { return arena_columns(arena_, numbers, deal_.rows()); }
+    Columns part(const Columns& all, i64 expert) const {
+        i64 first = deal_.start[expert], rows = deal_.start[expert + 1] - first;
+        return {all.numbers, rows, all.data + Columns::bytes(all.numbers, first)};
+    }
+
+    void gather(const bf16* from, i64 row, bf16* out) const {
+        i64 choice = deal_.source[row];
+        if (choice < 0) return void(std::memset(out, 0, wide_ * 2));
+        std::memcpy(out, from + choice / call_.chosen * call_.hidden, call_.hidden * 2);
+        std::memset(out + call_.hidden, 0, (wide_ - call_.hidden) * 2);
+    }
+
+    void activate(const bf16* hidden, bf16* active) const {
+        i64 n = call_.width;
+        by_lanes(n, [&](i64 i, auto lanes) {
+            lanes.store(active + i, mul(silu(lanes.load(hidden + i)), lanes.load(hidden + n + i)));
+        });
+        std::memset(active + n, 0, (half_ - n) * 2);
+    }
+
+    // The sum of a token's rows, each times its weight.
+    void mix(const bf16* rows, i64 token, const float* weight, bf16* out) const {
+        i64 n = call_.hidden, k = call_.chosen;
+        by_lanes(n, [&](i64 i, auto lanes) {
+            Floats total = zero();
+            for (i64 choice = token * k; choice < (token + 1) * k; choice++) {
+                Floats each = lanes.load(rows + deal_.place[choice] * n + i);
+                total = weight ? fma(each, all(weight[choice]), total) : add(total, each);
+            }
+            lanes.store(out + i, total);
+        });
+    }
+
+    void piece_backward(const Piece& p, const bf16* hidden, const bf16* grad, const Pack& gate_up, const Pack& down, bf16* room) {
+        bf16 *x = room, *g = x + ROWS_A_PIECE * wide_, *active = g + ROWS_A_PIECE * wide_;
+        bf16 *d_active = active + ROWS_A_PIECE * half_, *d_hidden = d_active + ROWS_A_PIECE * half_;
+        for (i64 r = 0; r < p.rows; r++) gather(call_.x, p.first + r, x + r * wide_), gather(grad, p.first + r, g + r * wide_);
+        times({p.rows, wide_, wide_, g}, of(down, p.expert), d_active, half_);
+        for (i64 r = 0; r < p.rows; r++) {
+            i64 row = p.first + r, choice = deal_.source[row];
+            float weight = choice < 0 ? 0.0f : call_.weight[choice];
+            row_weight_[row] = turn_back(hidden + row * both_, d_active + r * half_, weight, active + r * half_, d_hidden + r * whole_);
+            for (i64 i = 0; i < wide_; i += PANEL)
+                store(g + r * wide_ + i, mul(load((const bf16*)g + r * wide_ + i), all(weight)));
+        }
+        times({p.rows, whole_, whole_, d_hidden}, of(gate_up, p.expert), row_dx_ + p.first * call_.hidden, call_.hidden);
+        keep(by_x_, p, x, wide_), keep(by_grad_, p, g, wide_), keep(by_active_, p, active, half_), 
+        keep(by_gate_, p, d_hidden, whole_), keep(by_up_, p, d_hidden + call_.width, whole_);
+    }
+
+    void keep(const Columns& all, const Piece& p, const bf16* rows, i64 stride) const {
+        i64 before = p.first - deal_.start[p.expert];
+        Stored from{rows, p.rows, all.numbers, stride, false};
+        for (i64 first = before; first < before + p.rows; first += STEP)
+            part(all, p.expert).lay(first, STEP, [&](i64 row, i64 column, i64 count, bf16* room) {
+                return from.sixteen(row - before, column, count, room);
+            });
+    }
+
+    // Of one row: active again, d_hidden of weight x its gradient, and the gradient of the weight.
+    float turn_back(const bf16* hidden, const bf16* d_active, float weight, bf16* active, bf16* d_hidden) const {
+        i64 n = call_.width;
+        Floats total = zero(), one = all(1.0f);
+        by_lanes(n, [&](i64 i, auto lanes) {
+            Floats gate = lanes.load(hidden + i), up = lanes.load(hidden + n + i), d = lanes.load(d_active + i);
+            Floats share = div(one, add(one, exponential(sub(zero(), gate)))), silu = mul(gate, share), value = mul(silu, up);
+            total = fma(d, value, total);
+            d = mul(d, all(weight));
+            lanes.store(active + i, value);
+            lanes.store(d_hidden + n + i, mul(d, silu));
+            // silu' = s (1 + gate (1 - s))
+            lanes.store(d_hidden + i, mul(mul(d, up), mul(share, fma(gate, sub(one, share), one))));
+        });
+        std::memset(active + n, 0, (half_ - n) * 2);
+        std::memset(d_hidden + both_, 0, (whole_ - both_) * 2);
+        return finback::sum(total);
+    }
+
+    // One piece of an expert's gradients: of its gate, its up and its down projection.
+    void sum(i64 expert, i64 piece, const Contraction& in, const Contraction& out, const TrainExpertsGradients& to) const {
+        i64 each = in.pieces(), size = call_.width * call_.hidden;
+        if (piece < each) in.run(part(by_gate_, expert), part(by_x_, expert), piece, to.d_gate + expert * call_.gate_next);
+        else if (piece < 2 * each)
+            in.run(part(by_up_, expert), part(by_x_, expert), piece - each, to.d_up + expert * call_.gate_next);
+        else out.run(part(by_grad_, expert), part(by_active_, expert), piece - 2 * each, to.d_down + expert * size);
+    }
+
+    void leave(i64 token, const TrainExpertsGradients& to) const {
+        mix(row_dx_, token, nullptr, to.dx + token * call_.hidden);
+        for (i64 i = token * call_.chosen; i < (token + 1) * call_.chosen; i++)
+            to.d_weight[i] = row_weight_[deal_.place[i]];
+    }
+};
+
+}  // namespace finback
