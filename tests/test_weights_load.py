@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_paths import native_paths
+from native_paths import laid, native_paths, stored
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny, tiny_model
 
 from finback import machine
 from finback.errors import UserError
-from finback.kernels import native
+from finback.kernels import native, panels
 from finback.kernels.quantise import FORMATS
 from finback.model import fused
 from finback.model.weight import DenseWeight, PackedWeight, PanelWeight, Weight
@@ -46,12 +46,12 @@ def weights(model) -> dict[str, Weight]:
 @PATHS
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", [None, "fp8", "int8", "int4", "fp8 file"])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_panels_hold_what_plain_tensors_do(path, case, form, stored, tmp_path, small_blocks):
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_panels_hold_what_plain_tensors_do(path, case, form, kept, tmp_path, small_blocks):
     """Every matrix bit for bit, quantised while it is read and read from the pack; all else is the same."""
     native.use(path)
-    save(tiny_model(tiny(**CASES[case])).to(stored), None, tmp_path, quantize="fp8" if form == "fp8 file" else None)
-    how = {"dtype": "auto" if form == "fp8 file" and stored == torch.bfloat16 else "bfloat16"}
+    save(tiny_model(tiny(**CASES[case])).to(kept), None, tmp_path, quantize="fp8" if form == "fp8 file" else None)
+    how = {"dtype": "auto" if form == "fp8 file" and kept == torch.bfloat16 else "bfloat16"}
     if form in FORMATS:
         how["quantize"] = form
     plain = load(tmp_path, native=False, **how)
@@ -86,6 +86,37 @@ def test_no_plain_matrix_is_made_on_the_way(tmp_path, monkeypatch):
         load(tmp_path, quantize=form)
         assert seen == [{PanelWeight}]
         monkeypatch.undo()
+
+
+@PATHS
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_start_quantises_nothing(path, form, case, tmp_path, monkeypatch):
+    """Its codes come from the files that the first one left, whatever path wrote them."""
+    save(tiny_model(tiny(**CASES[case])).bfloat16(), None, tmp_path)
+    native.use(path)
+    first = {name: weight.dense() for name, weight in weights(load(tmp_path, quantize=form)).items()}
+    packs = {file: file.stat().st_mtime_ns for file in (tmp_path / "packs").rglob("*")}
+    for each in FORMATS.values():
+        monkeypatch.setattr(type(each), "quantise", None)
+    for other in (path, "torch"):
+        native.use(other)
+        again = weights(load(tmp_path, quantize=form))
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[name].dense(), numbers) for name, numbers in first.items())
+    assert packs == {file: file.stat().st_mtime_ns for file in (tmp_path / "packs").rglob("*")}
+
+
+@PATHS
+@pytest.mark.parametrize("form", panels.FORMS)
+def test_large_pieces_are_laid_out_by_all_threads(path, form, monkeypatch):
+    native.use(path)
+    codes, scale, _ = stored(form, 900, 70)
+    monkeypatch.setattr(native, "_ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    out = torch.full((57, panels.panel_bytes(form, 70)), 5, dtype=torch.uint8)
+    native.lay(form, codes, scale, 70, out)
+    assert torch.equal(out, laid(form, codes, scale, 70))
 
 
 PEAK = """

@@ -23,6 +23,8 @@ VARIABLE = "FINBACK_KERNELS"
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
 LEVELS = {"avx512": _AVX512, "avx2": {"avx2", "fma", "f16c"}}
 """What each path needs of the processor, the best first."""
+_ALONE = 8 << 20
+"""Bytes that one thread lays out: those of a load come in smaller pieces, several at once."""
 
 BY_NAME = {"amx": {*_AVX512, "amx_tile", "amx_bf16", "amx_int8"}, "amx_model": _AVX512}
 """The same of paths that are taken when named, never by themselves: AMX, until it has run on a processor that has it,
@@ -156,7 +158,7 @@ def lay(form: str | None, codes: Tensor, scale: Tensor | None, cols: int, out_PB
     zero, flip = panels.ZERO.get(form, 0), 128 if form == "int8" else 0
     module.lay(
         *(codes.data_ptr(), len(codes), codes.nbytes // len(codes), word, count, chunk, chunk_bytes, zero, flip),
-        *(out_PB.data_ptr(), out_PB.stride(0), torch.get_num_threads()),
+        *(out_PB.data_ptr(), out_PB.stride(0), torch.get_num_threads() if codes.nbytes > _ALONE else 1),
     )
     panels.lay_scales(form, scale, padded, out_PB)
 
