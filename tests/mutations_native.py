@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation("model/fused.py", "1 if bias is None else 2", "2", [FEED], "V2's groups are judged by two experts"),
     Mutation(
         "model/fused.py",
-        "    if laid := any(isinstance(module, PanelWeight) for module in model.modules()):\n        model.requires_grad_(False)",
-        "    laid = any(isinstance(module, PanelWeight) for module in model.modules())\n    model.requires_grad_(False)",
+        "for module in model.modules()):\n        model.requires_grad_(False)",
+        "for module in model.modules()) or True:\n        model.requires_grad_(False)",
         ["test_weights_folder.py::test_a_loaded_model_is_ready"],
         "a float32 model cannot be trained",
     ),
