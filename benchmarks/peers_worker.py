@@ -194,10 +194,8 @@ def machine(options: argparse.Namespace, what: str, loaded: dict) -> dict[str, A
     size = sum(file.stat().st_size for file in options.checkpoint.glob("*.safetensors"))
     slow = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"  # below AVX-512 torch's bfloat16 products are emulated
     limits = machine_limits(4.0, size=min(512 << 20, size), side=512 if slow else 2048)
-    best = max(limits.matmul_bf16.best, limits.matmul_fp32.best)  # float32 holds them all, where nothing else is fast
-    products = dict.fromkeys(("bfloat16", "int8", "int4"), best)
-    read = max(limits.read.best, limits.gemv_bf16.best)
-    return {"read": read, "product": products, "version": torch.__version__}
+    products = {form: limits.product(kind) for form, kind in (("bfloat16", "bf16"), ("int8", "int8"), ("int4", "int4"))}
+    return {"read": limits.bandwidth(), "product": products, "version": torch.__version__}
 
 
 PEERS: dict[str, Callable[[argparse.Namespace, str, dict], dict[str, Any]]] = {
