@@ -10,6 +10,7 @@ TRAIN = "test_kernels_train_attention.py"
 CAUSAL, PACKED = f"{TRAIN}::test_causal", f"{TRAIN}::test_documents_packed_in_a_row"
 
 TRAIN = "test_kernels_train_rows.py"
+EXPERTS = "test_kernels_train_experts.py::test_result_and_gradients"
 NORM, SWIGLU = f"{TRAIN}::test_norm_of_a_sum", f"{TRAIN}::test_swiglu"
 SCORES = f"{TRAIN}::test_scores"
 ROWS, TURN, HEADS = (
@@ -315,5 +316,48 @@ MUTATIONS = [
         "Floats by = all(grad[first * count + e]);",
         SCORES,
         "a piece of rows learns from its first one's scores",
+    ),
+    cpu(
+        "layers.h",
+        "experts += attention.rows * next.chosen",
+        "experts += next.chosen",
+        f"{NATIVE}::test_all_layers_in_one_call_are_the_blocks_one_by_one",
+        "a layer's choices are written over the last one's",
+    ),
+    cpu(
+        "layers.h",
+        "call.caches[i]",
+        "call.caches[0]",
+        f"{NATIVE}::test_all_layers_in_one_call_are_the_blocks_one_by_one",
+        "all layers write into the first one's cache",
+    ),
+    cpu(
+        "train_product.h",
+        "return store(to + panel * PANEL, add(load((const float*)to + panel * PANEL), sums));",
+        "return store(to + panel * PANEL, sums);",
+        EXPERTS,
+        "a sum over tokens is its last stretch",
+    ),
+    cpu(
+        "train_experts.h",
+        "mul(share, fma(gate, sub(one, share), one))",
+        "share",
+        EXPERTS,
+        "SiLU's gradient is its share alone",
+    ),
+    cpu("train_experts.h", "d = mul(d, all(weight));", "", EXPERTS, "a row's gradient goes back without its weight"),
+    cpu(
+        "train_experts.h",
+        "source.assign(start.back(), -1);",
+        "source.assign(start.back(), 0);",
+        EXPERTS,
+        "rows that fill up are token 0's",
+    ),
+    cpu(
+        "train_experts.h",
+        "to.d_up + expert * 2 * size",
+        "to.d_up + expert * size",
+        EXPERTS,
+        "gradients of the up projections lie where others do",
     ),
 ]

@@ -217,6 +217,7 @@ def test_attention_of_a_block(path, form, settings):
     """Single tokens and spans in one pass; the cache gets the entries, what nobody wrote is not looked at."""
     config, plain, fused = blocks(path, form, **{"max_position_embeddings": 1024} | settings)
     (cache, pool), (twin, _) = paged(config, blocks=200, dtype=torch.bfloat16), paged(config, blocks=200)
+    cache.few = 32  # so that there are both kinds, whatever is cheaper
     cache.storage.normal_(generator=torch.Generator().manual_seed(1))
     twin.storage.copy_(cache.storage)
     works = []
@@ -238,6 +239,29 @@ def test_attention_of_a_block(path, form, settings):
     near(got.float() - x.float(), added, 2 * ADDED[form])
     near(cache.storage[1], twin.storage[1], BOUND[form])
     assert torch.equal(cache.storage[0].float(), twin.storage[0])
+
+
+@PATHS
+@pytest.mark.parametrize("settings", [{}, {"family": "deepseek-moe-16b"}, {"family": "R1-Distill-Qwen"}], ids=str)
+def test_all_layers_in_one_call_are_the_blocks_one_by_one(path, settings):
+    """Bit for bit: what they return, the cache they leave, and the experts they chose; these are replayed by blocks."""
+    config, _, fused = blocks(path, None, **settings)
+    work = Work(Sequence(tokens(60, seed=2).tolist()), 0, 40)
+    work.request.blocks = [3, 1, 2, 0]
+    results = []
+    for whole in (fused.decoder.fused, None):
+        fused.decoder.fused = whole
+        cache, _ = paged(config, blocks=8, dtype=torch.bfloat16)
+        routing: dict = {}
+        for step in (work, Work(work.request, 40, 1), Work(work.request, 41, 3)):
+            batch = flat(cache, [step])
+            out = fused.decoder(batch.ids_1N, positions=batch.positions_1N, cache=batch.view, routing=(chosen := {}))
+            routing |= {(layer, step.start): experts for layer, experts in chosen.items()}
+        results.append((out, cache.storage, routing))
+    (ours, cache, chosen), (theirs, twin, wanted) = results
+    assert torch.equal(ours, theirs) and torch.equal(cache, twin) and chosen.keys() == wanted.keys()
+    assert all(torch.equal(chosen[key], experts) for key, experts in wanted.items())
+    assert len(chosen) == 3 * sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
 
 
 @PATHS

@@ -25,6 +25,7 @@ class Decoder(nn.Module):
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
+        self.fused: Any = None  # model/fused.py, where all layers can run in one call
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -46,6 +47,8 @@ class Decoder(nn.Module):
         """
         x_BTD = self.embed_tokens(ids) if embeds is None else embeds
         context = Context.build(self.config, positions, x_BTD.shape, x_BTD.device, cache)
+        if self.fused is not None and (out_BTD := self.fused(x_BTD, context, routing)) is not None:
+            return self.norm(out_BTD)
         added_BTD = None
         for layer in self.layers.values():
             x_BTD, added_BTD = layer(x_BTD, added_BTD, context, routing)

@@ -1,6 +1,6 @@
-"""The same block in two native calls, one for attention and one for the feed-forward, on weights that lie in panels.
+"""The same blocks in native calls, on weights that lie in panels: all layers in one, or two calls a block.
 
-Each takes the residual stream in bfloat16 and adds to it in place: nothing between the matrices is seen by Python.
+They take the residual stream in bfloat16 and add to it in place: nothing between the matrices is seen by Python.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finback.kernels import native, panels
 from finback.model.attention import Context, LatentAttention, Pages
 from finback.model.block import Block
-from finback.model.decoder import Model
+from finback.model.decoder import Decoder, Model
 from finback.model.linear import MLP, RMSNorm
 from finback.model.moe import MoE, Routing
 from finback.model.weight import DenseWeight, PackedWeight, PanelWeight, Weight
@@ -32,6 +32,8 @@ def lay_out(model: nn.Module) -> bool:
         model.requires_grad_(False)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.fused = Fused.of(block)
+    for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
+        decoder.fused = FusedLayers.of(decoder)
     return laid
 
 
@@ -105,6 +107,53 @@ class Fused:
             self.attention(x_BTD, context.turn, pages)
         self.feed_forward(x_BTD, block.self_attn.layer, routing)
         return x_BTD
+
+
+class FusedLayers:
+    """All blocks of a decoder, over cached sequences."""
+
+    def __init__(self, blocks: list[Any]) -> None:
+        module = native.kernels()
+        assert module is not None
+        self.blocks, self.call = blocks, module.Layers()
+        for block in blocks:
+            self.call.add(block.fused.attention.call, block.fused.feed_forward.call)
+        mixtures = [block for block in blocks if isinstance(block.mlp, MoE)]
+        self.mixtures = [block.self_attn.layer for block in mixtures]
+        self.chosen = mixtures[0].mlp.gate.config.num_experts_per_tok if mixtures else 0
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "FusedLayers | None":
+        """None where a block has no native calls."""
+        blocks: list[Any] = list(decoder.layers.values())
+        return cls(blocks) if blocks and all(block.fused is not None for block in blocks) else None
+
+    def __call__(self, x_BTD: Tensor, context: Context, routing: Routing | None) -> Tensor | None:
+        """The residual stream after all layers; None where they must run one by one."""
+        if context.cache is None or routing or not self.blocks[0].fused.takes(x_BTD):
+            return None
+        all_pages = [context.cache.pages(block.self_attn.layer) for block in self.blocks]
+        if (pages := all_pages[0]) is None:
+            return None
+        caches = [each.entries_SC.data_ptr() for each in all_pages if each is not None]
+        x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
+        rows = x_BTD.numel() // x_BTD.shape[-1]
+        experts = 0
+        if routing is not None and self.mixtures:
+            choices = torch.empty(len(self.mixtures), rows, self.chosen, dtype=torch.int64)
+            experts = choices.data_ptr()
+            routing.update(zip(self.mixtures, choices, strict=True))
+        where = addresses(context.turn, pages)
+        self.call(x_BTD.data_ptr(), rows, where[0], caches, *where[1:], experts, torch.get_num_threads())
+        return x_BTD
+
+
+def addresses(turn: Tensor, pages: Pages) -> tuple[int, ...]:
+    """What a call must know of rotation and pages besides the entries."""
+    assert turn.dtype == torch.complex64 and turn.is_contiguous() and pages.entries_SC.dtype == torch.bfloat16
+    where = (each.data_ptr() for each in pages[1:5])
+    kinds = (pages.single_n.data_ptr(), len(pages.single_n), pages.spans_s4.data_ptr(), len(pages.spans_s4))
+    return (turn.data_ptr(), *where, *kinds)
 
 
 class FusedFeedForward:
@@ -182,11 +231,9 @@ class FusedAttention:
 
     def __call__(self, x_BTD: Tensor, turn: Tensor, pages: Pages) -> None:
         """Adds to x, in place, after writing the tokens' entries into the cache."""
-        assert turn.dtype == torch.complex64 and turn.is_contiguous() and pages.entries_SC.dtype == torch.bfloat16
-        rows = x_BTD.numel() // x_BTD.shape[-1]
-        where = (each.data_ptr() for each in pages[:5])
-        kinds = (pages.single_n.data_ptr(), len(pages.single_n), pages.spans_s4.data_ptr(), len(pages.spans_s4))
-        self.call(x_BTD.data_ptr(), rows, turn.data_ptr(), *where, *kinds, torch.get_num_threads())
+        rows, where = x_BTD.numel() // x_BTD.shape[-1], addresses(turn, pages)
+        entries = pages.entries_SC.data_ptr()
+        self.call(x_BTD.data_ptr(), rows, where[0], entries, *where[1:], torch.get_num_threads())
 
 
 class FusedLatent(FusedAttention):

@@ -18,6 +18,7 @@
 #include "grouped.h"
 #include "latent.h"
 #include "lay.h"
+#include "layers.h"
 
 #include "limits.h"
 
@@ -115,6 +116,25 @@ void bind_grouped(nb::module_& m) {
     address(bound, "value_bias", &Grouped::value_bias);
 }
 
+void bind_layers(nb::module_& m) {
+    nb::class_<Layers>(m, "Layers")
+        .def(nb::init<>())
+        .def("add", [](Layers& self, const Latent& kind, const FeedForward& next) { self.each.push_back({kind, next}); })
+        .def("add", [](Layers& self, const Grouped& kind, const FeedForward& next) { self.each.push_back({kind, next}); })
+        .def(
+            "__call__",
+            [](const Layers& self, uintptr_t x, i64 rows, uintptr_t turn, const std::vector<uintptr_t>& caches, uintptr_t slot,
+               uintptr_t tables, uintptr_t table, uintptr_t length, uintptr_t single, i64 singles, uintptr_t spans, i64 n_spans,
+               uintptr_t experts, int threads) {
+                run_layers(self,
+                           {{at<bf16>(x), rows, at<float>(turn), nullptr, at<int64_t>(slot), at<int64_t>(tables),
+                             at<int64_t>(table), at<int64_t>(length), at<int64_t>(single), singles, at<int64_t>(spans), n_spans},
+                            caches.data(), at<int64_t>(experts)},
+                           threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_limits(nb::module_& m) {
     nb::call_guard<nb::gil_scoped_release> released;
     m.def("empty", [](uintptr_t, i64, int) {}, released);
@@ -176,6 +196,7 @@ NB_MODULE(FINBACK_MODULE, m) {
     bind_feed_forward(m);
     bind_latent(m);
     bind_grouped(m);
+    bind_layers(m);
     bind_limits(m);
     bind_train_attention(m);
     bind_train_experts(m);
