@@ -37,7 +37,7 @@ def file_of(checkpoint: Path, form: str, folder: Path, tools: Path) -> Path:
         partial = path
         command = [sys.executable, "-m", "finback", "convert", str(checkpoint), str(path), "--quantize", FILES[form]]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error})") from None
     if done.returncode:

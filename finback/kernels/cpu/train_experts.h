@@ -52,16 +52,18 @@ class TrainExpertsRun {
     // hidden [rows of the deal, 2 width] is kept for the backward pass; out: [tokens, hidden].
     void forward(bf16* hidden, bf16* out) {
         const TrainExperts& c = call_;
-        Pack gate_up = arena_pack(arena_, both_, c.hidden, c.experts), down = arena_pack(arena_, c.hidden, c.width, c.experts);
-        i64 first = c.experts * gate_up.panels(), second = c.experts * down.panels();
+        Pack gate_up = arena_pack(arena_, both_, c.hidden, c.experts);
+        Pack down = arena_pack(arena_, c.hidden, c.width, c.experts);
+        i64 first = gate_up.panels(), each = first + down.panels();
         bf16* result = arena_.take<bf16>(deal_.rows() * c.hidden);
         i64 room = ROWS_A_PIECE * (wide_ + half_);
         bf16* rooms = arena_.take<bf16>(threads_ * room);
 #pragma omp parallel num_threads(threads_)
         {
-            team_.share(0, first + second, [&](i64 piece) {
-                if (piece < first) lay_gate_up(of(gate_up, piece / gate_up.panels()), piece / gate_up.panels(), piece % gate_up.panels());
-                else lay_down(of(down, (piece - first) / down.panels()), (piece - first) / down.panels(), (piece - first) % down.panels());
+            team_.share(0, c.experts * each, [&](i64 piece) {
+                i64 expert = piece / each, panel = piece % each;
+                if (panel < first) lay_gate_up(of(gate_up, expert), expert, panel);
+                else lay_rows_piece(of(down, expert), down_of(expert), panel - first);
             });
             team_.share(1, i64(pieces_.size()), [&](i64 index) {
                 const Piece& p = pieces_[index];
@@ -78,32 +80,33 @@ class TrainExpertsRun {
 
     void backward(const bf16* hidden, const TrainExpertsGradients& to) {
         const TrainExperts& c = call_;
-        Pack gate_up = arena_pack(arena_, c.hidden, both_, c.experts), down = arena_pack(arena_, c.width, c.hidden, c.experts);
-        by_x_ = columns(c.hidden), by_gate_ = columns(c.width), by_up_ = columns(c.width), by_active_ = columns(c.width), by_grad_ = columns(c.hidden);
+        Pack gate_up = arena_pack(arena_, c.hidden, both_, c.experts);
+        Pack down = arena_pack(arena_, c.width, c.hidden, c.experts);
+        by_x_ = columns(c.hidden), by_grad_ = columns(c.hidden);
+        by_gate_ = columns(c.width), by_up_ = columns(c.width), by_active_ = columns(c.width);
         row_dx_ = arena_.take<bf16>(deal_.rows() * c.hidden);
         row_weight_ = arena_.take<float>(deal_.rows());
-        i64 first = c.experts * columns_pieces(gate_up), second = c.experts * columns_pieces(down);
+        i64 first = columns_pieces(gate_up), both = first + columns_pieces(down);
         i64 room = ROWS_A_PIECE * (2 * wide_ + 2 * half_ + whole_);
         bf16* rooms = arena_.take<bf16>(threads_ * room);
         Contraction in(c.width, c.hidden, threads_), out(c.hidden, c.width, threads_);
-        i64 each = 2 * in.pieces() + out.pieces();
+        i64 each = 2 * in.pieces() + out.pieces(), sums = c.experts * each;
 #pragma omp parallel num_threads(threads_)
         {
-            team_.share(0, first + second, [&](i64 piece) {
-                if (piece < first) lay_back(of(gate_up, piece / columns_pieces(gate_up)), piece / columns_pieces(gate_up), piece % columns_pieces(gate_up));
-                else lay_down_back(of(down, (piece - first) / columns_pieces(down)), (piece - first) / columns_pieces(down), (piece - first) % columns_pieces(down));
+            team_.share(0, c.experts * both, [&](i64 piece) {
+                i64 expert = piece / both, at = piece % both;
+                if (at < first) lay_back(of(gate_up, expert), expert, at);
+                else lay_columns_piece(of(down, expert), down_of(expert), at - first);
             });
             team_.share(1, i64(pieces_.size()), [&](i64 index) {
                 piece_backward(pieces_[index], hidden, to.grad, gate_up, down, rooms + omp_get_thread_num() * room);
             });
-            team_.share(2, c.experts * each + c.tokens, [&](i64 piece) {
-                if (piece < c.experts * each) sum(piece / each, piece % each, in, out, to);
-                else leave(piece - c.experts * each, to);
+            team_.share(2, sums + c.tokens, [&](i64 piece) {
+                if (piece < sums) sum(piece / each, piece % each, in, out, to);
+                else leave(piece - sums, to);
             });
         }
     }
-
-    i64 rows() const { return deal_.rows(); }
 
   private:
     struct Piece {
@@ -129,24 +132,22 @@ class TrainExpertsRun {
         return matrix;
     }
 
+    Stored down_of(i64 expert) const { return expert_of(call_.down, expert, call_.down_next); }
+
     // Gate rows first, then up rows.
-    void lay_gate_up(const Pack& to, i64 expert, i64 panel) {
-        Stored gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
+    void lay_gate_up(const Pack& to, i64 expert, i64 panel) const {
         lay_rows(to, panel, [&](i64 row, i64 column, i64 count, bf16* out) {
-            bool first = row < call_.width;
-            (first ? gate : up).read(first ? row : row - call_.width, column, count, STEP, out);
+            half(expert, row).read(row % call_.width, column, count, STEP, out);
         });
     }
-    void lay_down(const Pack& to, i64 expert, i64 panel) { lay_rows_piece(to, expert_of(call_.down, expert, call_.down_next), panel); }
-    void lay_back(const Pack& to, i64 expert, i64 piece) {
-        Stored gate = expert_of(call_.gate, expert, call_.gate_next), up = expert_of(call_.up, expert, call_.gate_next);
-        lay_columns(to, piece * STEP, std::min(STEP, both_ - piece * STEP), [&](i64 row, i64 column, i64 count, bf16* room) {
-            bool first = row < call_.width;
-            return (first ? gate : up).sixteen(first ? row : row - call_.width, column, count, room);
+    void lay_back(const Pack& to, i64 expert, i64 piece) const {
+        i64 first = piece * STEP;
+        lay_columns(to, first, std::min(STEP, both_ - first), [&](i64 row, i64 column, i64 count, bf16* room) {
+            return half(expert, row).sixteen(row % call_.width, column, count, room);
         });
     }
-    void lay_down_back(const Pack& to, i64 expert, i64 piece) {
-        lay_columns_piece(to, expert_of(call_.down, expert, call_.down_next), piece);
+    Stored half(i64 expert, i64 row) const {
+        return expert_of(row < call_.width ? call_.gate : call_.up, expert, call_.gate_next);
     }
 
     // All rows of the deal by columns, expert by expert: an expert's part begins where its rows do.
@@ -184,19 +185,25 @@ class TrainExpertsRun {
         });
     }
 
-    void piece_backward(const Piece& p, const bf16* hidden, const bf16* grad, const Pack& gate_up, const Pack& down, bf16* room) {
+    void piece_backward(const Piece& p, const bf16* hidden, const bf16* grad, const Pack& gate_up, const Pack& down,
+                        bf16* room) {
         bf16 *x = room, *g = x + ROWS_A_PIECE * wide_, *active = g + ROWS_A_PIECE * wide_;
         bf16 *d_active = active + ROWS_A_PIECE * half_, *d_hidden = d_active + ROWS_A_PIECE * half_;
-        for (i64 r = 0; r < p.rows; r++) gather(call_.x, p.first + r, x + r * wide_), gather(grad, p.first + r, g + r * wide_);
+        for (i64 r = 0; r < p.rows; r++) {
+            gather(call_.x, p.first + r, x + r * wide_);
+            gather(grad, p.first + r, g + r * wide_);
+        }
         times({p.rows, wide_, wide_, g}, of(down, p.expert), d_active, half_);
         for (i64 r = 0; r < p.rows; r++) {
             i64 row = p.first + r, choice = deal_.source[row];
             float weight = choice < 0 ? 0.0f : call_.weight[choice];
-            row_weight_[row] = turn_back(hidden + row * both_, d_active + r * half_, weight, active + r * half_, d_hidden + r * whole_);
+            row_weight_[row] = turn_back(hidden + row * both_, d_active + r * half_, weight, active + r * half_,
+                                         d_hidden + r * whole_);
             for (i64 i = 0; i < wide_; i += PANEL)
                 store(g + r * wide_ + i, mul(load((const bf16*)g + r * wide_ + i), all(weight)));
         }
-        times({p.rows, whole_, whole_, d_hidden}, of(gate_up, p.expert), row_dx_ + p.first * call_.hidden, call_.hidden);
+        bf16* dx = row_dx_ + p.first * call_.hidden;
+        times({p.rows, whole_, whole_, d_hidden}, of(gate_up, p.expert), dx, call_.hidden);
         keep(by_x_, p, x, wide_), keep(by_grad_, p, g, wide_), keep(by_active_, p, active, half_), 
         keep(by_gate_, p, d_hidden, whole_), keep(by_up_, p, d_hidden + call_.width, whole_);
     }
@@ -216,7 +223,8 @@ class TrainExpertsRun {
         Floats total = zero(), one = all(1.0f);
         by_lanes(n, [&](i64 i, auto lanes) {
             Floats gate = lanes.load(hidden + i), up = lanes.load(hidden + n + i), d = lanes.load(d_active + i);
-            Floats share = div(one, add(one, exponential(sub(zero(), gate)))), silu = mul(gate, share), value = mul(silu, up);
+            Floats share = div(one, add(one, exponential(sub(zero(), gate))));
+            Floats silu = mul(gate, share), value = mul(silu, up);
             total = fma(d, value, total);
             d = mul(d, all(weight));
             lanes.store(active + i, value);
@@ -232,10 +240,10 @@ class TrainExpertsRun {
     // One piece of an expert's gradients: of its gate, its up and its down projection.
     void sum(i64 expert, i64 piece, const Contraction& in, const Contraction& out, const TrainExpertsGradients& to) const {
         i64 each = in.pieces(), size = call_.width * call_.hidden;
-        if (piece < each) in.run(part(by_gate_, expert), part(by_x_, expert), piece, to.d_gate + expert * 2 * size);
-        else if (piece < 2 * each)
-            in.run(part(by_up_, expert), part(by_x_, expert), piece - each, to.d_up + expert * 2 * size);
-        else out.run(part(by_grad_, expert), part(by_active_, expert), piece - 2 * each, to.d_down + expert * size);
+        Columns x = part(by_x_, expert), grad = part(by_grad_, expert);
+        if (piece < each) in.run(part(by_gate_, expert), x, piece, to.d_gate + expert * 2 * size);
+        else if (piece < 2 * each) in.run(part(by_up_, expert), x, piece - each, to.d_up + expert * 2 * size);
+        else out.run(grad, part(by_active_, expert), piece - 2 * each, to.d_down + expert * size);
     }
 
     void leave(i64 token, const TrainExpertsGradients& to) const {

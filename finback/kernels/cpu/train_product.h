@@ -194,7 +194,8 @@ inline void contract(const Columns& a, const Columns& b, i64 first, i64 count, i
         for (i64 row = first * PANEL; row < last; row += MOST_LEFT)
             train_panels(Left::of(left, row), right, side, end - side, [&](i64 m, i64 panel, Floats sums) {
                 float* to = out + (row + m) * b.numbers;
-                if ((panel + 1) * PANEL <= b.numbers) return store(to + panel * PANEL, add(load((const float*)to + panel * PANEL), sums));
+                if ((panel + 1) * PANEL <= b.numbers)
+                    return store(to + panel * PANEL, add(load((const float*)to + panel * PANEL), sums));
                 alignas(64) float before[PANEL] = {};
                 std::memcpy(before, to + panel * PANEL, (b.numbers - panel * PANEL) * 4);
                 put(to, panel, b.numbers, add(load((const float*)before), sums));
