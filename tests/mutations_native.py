@@ -6,9 +6,8 @@ NATIVE = "test_kernels_native.py"
 LINEAR, BITS = f"{NATIVE}::test_linear_of_few_and_many_rows", f"{NATIVE}::test_a_rows_bits_do_not_depend_on_the_others"
 FEED, ATTENTION = f"{NATIVE}::test_the_feed_forward_of_a_block", f"{NATIVE}::test_attention_of_a_block"
 FILL, LAY = f"{NATIVE}::test_panels_are_filled_in_parts", f"{NATIVE}::test_the_native_way_into_panels"
-TRAIN = "test_kernels_train_attention.py"
-CAUSAL, PACKED = f"{TRAIN}::test_causal", f"{TRAIN}::test_documents_packed_in_a_row"
-
+SEEN = "test_kernels_train_attention.py"
+CAUSAL, PACKED = f"{SEEN}::test_causal", f"{SEEN}::test_documents_packed_in_a_row"
 TRAIN = "test_kernels_train_rows.py"
 EXPERTS = "test_kernels_train_experts.py::test_result_and_gradients"
 NORM, SWIGLU = f"{TRAIN}::test_norm_of_a_sum", f"{TRAIN}::test_swiglu"
@@ -176,7 +175,7 @@ MUTATIONS = [
         "train_forward.h",
         "fma(load((const float*)at), all(strip.kept[q + m]), sums)",
         "add(load((const float*)at), sums)",
-        f"{TRAIN}::test_more_keys_than_a_chunk_and_wide_heads",
+        f"{SEEN}::test_more_keys_than_a_chunk_and_wide_heads",
         "what earlier chunks mixed keeps the weight of an old largest score",
     ),
     cpu(
@@ -197,7 +196,7 @@ MUTATIONS = [
         "train_backward.h",
         "if (call_.mask) clear(part, stop, head);",
         "",
-        f"{TRAIN}::test_any_mask_and_other_numbers_of_keys",
+        f"{SEEN}::test_any_mask_and_other_numbers_of_keys",
         "queries that see nothing of a key pass it what an earlier block left there",
     ),
     cpu(
