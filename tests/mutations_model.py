@@ -45,9 +45,9 @@ MUTATIONS = [
         "weights are normalised though the config says no",
     ),
     Mutation(
-        MOE,
-        "torch.autocast(x_BTD.device.type, enabled=False)",
-        "torch.autocast(x_BTD.device.type, enabled=torch.is_autocast_enabled(x_BTD.device.type))",
+        "kernels/scores.py",
+        "torch.autocast(x_ND.device.type, enabled=False)",
+        "torch.autocast(x_ND.device.type, enabled=torch.is_autocast_enabled(x_ND.device.type))",
         [f"{TEST_ROUTER}::test_scores_are_float32_whatever_the_input_and_autocast"],
         "autocast makes the router bf16",
     ),

@@ -66,9 +66,10 @@ def fill(cache: DiskCache, *numbers: int) -> None:
 def test_blocks_survive_a_restart_and_belong_to_their_model(opened):
     first = opened()
     payload = block(1)
-    first.put(key(1), payload)
-    payload.zero_()  # the engine goes on writing into its own memory
-    assert key(1) in first and torch.equal(first.get(key(1)), block(1))  # before it is written, and after
+    with first._disk:  # the writer waits
+        first.put(key(1), payload)
+        payload.zero_()  # the engine goes on writing into its own memory
+        assert key(1) in first and torch.equal(first.get(key(1)), block(1))  # before it is written, and after
     first.flush()
     assert torch.equal(first.get(key(1)), block(1))
     first.close()

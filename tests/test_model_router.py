@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_model import tiny, tiny_model, tokens
 from torch import Tensor
 
+from finback.kernels import native
 from finback.model.moe import Router
 from finback.train.losses import update_biases
 
@@ -109,8 +110,10 @@ def test_a_group_is_scored_by_its_two_best_together():
     assert choice.keys() == {4, 5}
 
 
-def test_scores_are_float32_whatever_the_input_and_autocast():
+@pytest.mark.parametrize("path", ["torch", None])
+def test_scores_are_float32_whatever_the_input_and_autocast(path, monkeypatch):
     """In bf16 these two scores are equal and their order is lost."""
+    monkeypatch.setattr(native, "_level", native.find(path))
     made = router(num_experts_per_tok=1)
     with torch.no_grad():
         made.weight[3, 3] = 1.001

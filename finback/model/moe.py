@@ -36,9 +36,8 @@ class Router(nn.Module):
 
     def forward(self, x_BTD: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor]:
         """Returns the chosen experts and their weights, both [N, K] with N = B·T."""
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_NE = dispatch.scores(x_BTD.flatten(0, 1), self.weight)
-            scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+        logits_NE = dispatch.scores(x_BTD.flatten(0, 1), self.weight)
+        scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         if routing is not None and self.layer in routing:
             experts_NK = routing[self.layer]
         else:
