@@ -134,7 +134,9 @@ class Run:
         with raw.open("w") as file:
             print("$ " + " ".join(Path(part).name if "/" in part else part for part in command), file=file, flush=True)
             status = run(command, self._environment(), file, self.options.timeout)
-        found = list(self._parse(job, raw.read_text(errors="replace")))
+        text = raw.read_text(errors="replace").replace(f"{self.options.work.absolute()}/", "")
+        raw.write_text(text)  # where this machine keeps its files is nobody's business
+        found = list(self._parse(job, text))
         common = {"round": job.round, "peer": job.peer, "form": job.form}
         spent = {"seconds": round(time.perf_counter() - start, 1) / max(1, len(found)), "load_before": round(load, 2)}
         lines = [common | line | spent | self._weights(job, line["what"]) for line in found]
