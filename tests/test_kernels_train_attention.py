@@ -6,7 +6,9 @@ from native_paths import native_paths
 
 from finback.kernels import attention, native
 
-pytestmark = pytest.mark.skipif(not native_paths(), reason="no native kernels for this processor")
+pytestmark = pytest.mark.skipif(
+    not native_paths(), reason="this processor takes no native path; the plain form has its own tests"
+)
 
 
 @pytest.fixture(params=native_paths())

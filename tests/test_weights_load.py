@@ -72,7 +72,7 @@ def test_panels_hold_what_plain_tensors_do(path, case, form, kept, tmp_path, sma
 def test_no_plain_matrix_is_made_on_the_way(tmp_path, monkeypatch):
     """Neither dense nor packed: the panels are there before the first number is read."""
     if native.kernels() is None:
-        pytest.skip("no native kernels here")
+        pytest.skip("without native kernels nothing is put into panels; plain tensors have tests of their own")
     save(tiny_model(tiny()).bfloat16(), None, tmp_path)
     for form in (None, "int8", "int8"):
         seen = []
@@ -136,7 +136,7 @@ print(peak() - before)
 def test_loading_takes_the_weights_and_little_more(tmp_path):
     """Half of this model is one stack of experts: a second copy of the largest tensor alone would be 48 MiB."""
     if native.kernels() is None:
-        pytest.skip("no native kernels here")
+        pytest.skip("without native kernels nothing is put into panels; plain tensors have tests of their own")
     config = tiny(hidden_size=1024, moe_intermediate_size=1024, n_routed_experts=12, num_hidden_layers=2)
     save(tiny_model(config).bfloat16(), None, tmp_path / "large")
     save(tiny_model(tiny()).bfloat16(), None, tmp_path / "small")
@@ -173,7 +173,10 @@ def test_a_file_cut_off_while_it_is_read_is_refused(tmp_path, monkeypatch):
         load(tmp_path)
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without huge pages")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="this system has no huge pages to ask for: `native.memory` goes on in small ones, and no flag would tell",
+)
 def test_panels_may_lie_in_huge_pages():
     """Private and advised: shared memory is never put into them unless the system says so for itself."""
     place = native.memory(8, 1 << 20)
