@@ -41,7 +41,8 @@ _PANEL = 16
 
 def _rows(x: Tensor) -> Tensor:
     """[B, T, H, d] with d filled up to a multiple of 16 by zeros and its numbers side by side, in place if it is so."""
-    x = F.pad(x, (0, -x.shape[-1] % _PANEL))
+    if more := -x.shape[-1] % _PANEL:  # torch copies even where there is nothing to add
+        x = F.pad(x, (0, more))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
