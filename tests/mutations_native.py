@@ -339,12 +339,18 @@ MUTATIONS = [
     ),
     cpu(
         "train_experts.h",
-        "mul(share, fma(gate, sub(one, share), one))",
-        "share",
+        "weight_of_ + p.first, {active",
+        "weight_of_, {active",
         EXPERTS,
-        "SiLU's gradient is its share alone",
+        "every piece of rows has the first one's weights",
     ),
-    cpu("train_experts.h", "d = mul(d, all(weight));", "", EXPERTS, "a row's gradient goes back without its weight"),
+    cpu(
+        "train_experts.h",
+        "row_weight_ + p.first}",
+        "row_weight_}",
+        EXPERTS,
+        "gradients of weights are written over those of the first piece",
+    ),
     cpu(
         "train_experts.h",
         "source.assign(start.back(), -1);",

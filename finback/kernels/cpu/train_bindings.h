@@ -117,7 +117,7 @@ void bind_train_rows(nb::module_& m) {
             of_type(wide, [&]<class T>(T) {
                 SwigluBackward<T>{rows, n, {at<const T>(gate), gate_stride}, {at<const T>(up), up_stride},
                                   {at<const T>(grad), grad_stride}, {at<T>(d_gate), d_gate_stride},
-                                  {at<T>(d_up), d_up_stride}, at<float>(weight), at<T>(active), at<float>(d_weight)}
+                                  {at<T>(d_up), d_up_stride}, at<float>(weight), {at<T>(active), n}, at<float>(d_weight)}
                     .run(threads);
             });
         },

@@ -57,14 +57,6 @@ FINBACK_INLINE void band_product(const Panels& w, const bf16* x, i64 stride, i64
     }
 }
 
-// Two rows of 16 numbers by turns: one pair of a panel.
-inline void interleave(const bf16* first, const bf16* second, bf16* out) {
-    __m256i a = _mm256_loadu_si256((const __m256i*)first), b = _mm256_loadu_si256((const __m256i*)second);
-    __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-    _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(low, high, 0x20));
-    _mm256_storeu_si256((__m256i*)out + 1, _mm256_permute2x128_si256(low, high, 0x31));
-}
-
 // Eight words of eight rows, `stride` bytes apart, turned: the words of place k to out + 16 k.
 inline void turn_words(const uint8_t* from, i64 stride, uint32_t* out) {
     __m256i row[8], two[8], four[8];
@@ -97,7 +89,7 @@ inline void panel_of_rows(const bf16* rows, i64 token, i64 width, bf16* out) {
 inline void panels_over_rows(const bf16* rows, i64 token, i64 first, i64 many, i64 count, i64 width, bf16* out) {
     for (i64 r = 0; r < many; r += 2)
         for (i64 k = 0; k < width; k += 16)
-            interleave(rows + r * token + k, rows + (r + 1) * token + k, out + k * count + (first + r) * 16);
+            interleave(out + k * count + (first + r) * 16, rows + r * token + k, rows + (r + 1) * token + k);
 }
 
 inline void copy_rows(const bf16* from, i64 token, i64 count, i64 width, bf16* out) {

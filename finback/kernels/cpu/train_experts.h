@@ -6,6 +6,7 @@
 #include "lanes.h"
 #include "rows.h"
 #include "train_product.h"
+#include "train_rows.h"
 
 namespace finback {
 
@@ -85,6 +86,7 @@ class TrainExpertsRun {
         by_x_ = columns(c.hidden), by_grad_ = columns(c.hidden);
         by_gate_ = columns(c.width), by_up_ = columns(c.width), by_active_ = columns(c.width);
         row_dx_ = arena_.take<bf16>(deal_.rows() * c.hidden);
+        weight_of_ = arena_.take<float>(deal_.rows());
         row_weight_ = arena_.take<float>(deal_.rows());
         i64 first = columns_pieces(gate_up), both = first + columns_pieces(down);
         i64 room = ROWS_A_PIECE * (2 * wide_ + 2 * half_ + whole_);
@@ -121,7 +123,7 @@ class TrainExpertsRun {
     Team team_;
     Columns by_x_{}, by_gate_{}, by_up_{}, by_active_{}, by_grad_{};
     bf16* row_dx_ = nullptr;
-    float* row_weight_ = nullptr;
+    float *weight_of_ = nullptr, *row_weight_ = nullptr;  // of rows: their weight, and its gradient
 
     static Pack of(Pack pack, i64 expert) {
         pack.data += expert * pack.panels() * pack.stride;
@@ -194,13 +196,15 @@ class TrainExpertsRun {
             gather(grad, p.first + r, g + r * wide_);
         }
         times({p.rows, wide_, wide_, g}, of(down, p.expert), d_active, half_);
+        for (i64 row = p.first; row < p.first + p.rows; row++)
+            weight_of_[row] = deal_.source[row] < 0 ? 0.0f : call_.weight[deal_.source[row]];
+        const bf16* gate = hidden + p.first * both_;
+        i64 n = call_.width;
+        SwigluBackward<bf16> back{p.rows, n, {gate, both_}, {gate + n, both_}, {d_active, half_}, {d_hidden, whole_},
+                                  {d_hidden + n, whole_}, weight_of_ + p.first, {active, half_}, row_weight_ + p.first};
         for (i64 r = 0; r < p.rows; r++) {
-            i64 row = p.first + r, choice = deal_.source[row];
-            float weight = choice < 0 ? 0.0f : call_.weight[choice];
-            row_weight_[row] = turn_back(hidden + row * both_, d_active + r * half_, weight, active + r * half_,
-                                         d_hidden + r * whole_);
-            for (i64 i = 0; i < wide_; i += PANEL)
-                store(g + r * wide_ + i, mul(load((const bf16*)g + r * wide_ + i), all(weight)));
+            back.row(r);
+            std::memset(d_hidden + r * whole_ + both_, 0, (whole_ - both_) * 2);
         }
         bf16* dx = row_dx_ + p.first * call_.hidden;
         times({p.rows, whole_, whole_, d_hidden}, of(gate_up, p.expert), dx, call_.hidden);
@@ -215,26 +219,6 @@ class TrainExpertsRun {
             part(all, p.expert).lay(first, STEP, [&](i64 row, i64 column, i64 count, bf16* room) {
                 return from.sixteen(row - before, column, count, room);
             });
-    }
-
-    // Of one row: active again, d_hidden of weight x its gradient, and the gradient of the weight.
-    float turn_back(const bf16* hidden, const bf16* d_active, float weight, bf16* active, bf16* d_hidden) const {
-        i64 n = call_.width;
-        Floats total = zero(), one = all(1.0f);
-        by_lanes(n, [&](i64 i, auto lanes) {
-            Floats gate = lanes.load(hidden + i), up = lanes.load(hidden + n + i), d = lanes.load(d_active + i);
-            Floats share = div(one, add(one, exponential(sub(zero(), gate))));
-            Floats silu = mul(gate, share), value = mul(silu, up);
-            total = fma(d, value, total);
-            d = mul(d, all(weight));
-            lanes.store(active + i, value);
-            lanes.store(d_hidden + n + i, mul(d, silu));
-            // silu' = s (1 + gate (1 - s))
-            lanes.store(d_hidden + i, mul(mul(d, up), mul(share, fma(gate, sub(one, share), one))));
-        });
-        std::memset(active + n, 0, (half_ - n) * 2);
-        std::memset(d_hidden + both_, 0, (whole_ - both_) * 2);
-        return finback::sum(total);
     }
 
     // One piece of an expert's gradients: of its gate, its up and its down projection.

@@ -6,50 +6,34 @@
 #include "common.h"
 #include "linear.h"
 #include "panel.h"
+#include "train_block.h"
 
 namespace finback {
 
 constexpr i64 ROWS_A_PIECE = 128;
-constexpr i64 MOST_LEFT = 8;
 constexpr i64 TOKENS_A_SUM = 512;  // fixed: sums over tokens are joined in the same order whoever makes them
 
-// The left side of a product: number k of row m is at data[m * next_row + k / 2 * next_pair + k % 2].
+// The left side of a product: rows that lie by themselves, `stride` numbers apart; or across, as a panel's columns do,
+// with `stride` numbers from one pair of all of them to the next.
+template <bool across>
 struct Left {
     const bf16* data;
-    i64 rows, next_row, next_pair;
-
-    static Left of(const Rows& x) { return {x.plain, x.count, x.stride, 2}; }
-    // Rows first .. first + 7 of a matrix in panels.
-    static Left of(const Pack& pack, i64 first) {
-        auto panel = reinterpret_cast<const bf16*>(pack.panel(first / PANEL)) + first % PANEL * 2;
-        return {panel, std::min(MOST_LEFT, pack.rows - first), 2, 2 * PANEL};
-    }
+    i64 rows, stride;
 };
 
-template <i64 M, i64 P>
-FINBACK_INLINE Sums<M, P> train_sums(const uint8_t* const (&w)[P], i64 pairs, const bf16* left, const Left& shape) {
-    auto sums = zeros<M, P>();
-    for (i64 pair = 0; pair < pairs; pair++) {
-        Pairs::Weight weight[P];
-#pragma GCC unroll 16
-        for (i64 p = 0; p < P; p++) weight[p] = Pairs::weight(w[p] + pair * 64);
-#pragma GCC unroll 16
-        for (i64 m = 0; m < M; m++) {
-            auto each = Pairs::row(left + m * shape.next_row + pair * shape.next_pair);
-#pragma GCC unroll 16
-            for (i64 p = 0; p < P; p++) sums.at[m][p] = Pairs::dot(sums.at[m][p], weight[p], each);
-        }
-    }
-    return sums;
+inline Left<false> left_of(const Rows& x) { return {x.plain, x.count, x.stride}; }
+// Rows first .. first + 7 of a matrix in panels.
+inline Left<true> left_of(const Pack& pack, i64 first) {
+    auto panel = reinterpret_cast<const bf16*>(pack.panel(first / PANEL)) + first % PANEL * 2;
+    return {panel, std::min(BAND, pack.rows - first), 2 * PANEL};
 }
 
-template <i64 M, i64 P, class Out>
-inline void train_block(const Pack& right, i64 first, const bf16* left, const Left& shape, i64 row, Out out) {
-    const uint8_t* w[P];
-#pragma GCC unroll 16
-    for (i64 p = 0; p < P; p++) w[p] = right.panel(first + p);
+template <i64 M, i64 P, bool across, class Out>
+inline void train_block(const Left<across>& left, const Pack& right, i64 first, i64 row, Out out) {
     alignas(64) float held[M][P][PANEL];  // what takes sums must not take registers from the loop that makes them
-    auto sums = train_sums<M, P>(w, right.padded() / 2, left, shape);
+    auto w = reinterpret_cast<const bf16*>(right.panel(first));
+    const bf16* x = left.data + row * (across ? 2 : left.stride);
+    auto sums = small_product<across, M, P>(w, right.stride / 2, x, left.stride, right.padded() / 2);
 #pragma GCC unroll 16
     for (i64 m = 0; m < M; m++)
 #pragma GCC unroll 16
@@ -58,21 +42,20 @@ inline void train_block(const Pack& right, i64 first, const bf16* left, const Le
         for (i64 p = 0; p < P; p++) out(row + m, first + p, load((const float*)held[m][p]));
 }
 
-template <i64 P, i64 M, class Out>
-inline void train_rows(const Pack& right, i64 first, const Left& left, i64 row, Out out) {
-    for (; row + M <= left.rows; row += M)
-        train_block<M, P>(right, first, left.data + row * left.next_row, left, row, out);
+template <i64 P, i64 M, bool across, class Out>
+inline void train_rows(const Left<across>& left, const Pack& right, i64 first, i64 row, Out out) {
+    for (; row + M <= left.rows; row += M) train_block<M, P>(left, right, first, row, out);
     if constexpr (M > 1)
-        if (row < left.rows) train_rows<P, M / 2>(right, first, left, row, out);
+        if (row < left.rows) train_rows<P, M / 2>(left, right, first, row, out);
 }
 
 // out(row, panel, sixteen sums) of all rows of the left and `count` panels of the right.
-template <class Out>
-inline void train_panels(const Left& left, const Pack& right, i64 first, i64 count, Out out) {
-    constexpr i64 M = MOST == 8 ? 8 : 2;
+template <bool across, class Out>
+inline void train_panels(const Left<across>& left, const Pack& right, i64 first, i64 count, Out out) {
+    constexpr i64 M = REGISTERS == 32 ? BAND : 2;
     i64 end = first + count;
-    for (; first + 2 <= end; first += 2) train_rows<2, M>(right, first, left, 0, out);
-    if (first < end) train_rows<1, M>(right, first, left, 0, out);
+    for (; first + 2 <= end; first += 2) train_rows<2, M>(left, right, first, 0, out);
+    if (first < end) train_rows<1, M>(left, right, first, 0, out);
 }
 
 // A matrix as training keeps it; `stride` numbers from one row to the next.
@@ -155,7 +138,6 @@ struct Columns {
 };
 
 // Both ways for a whole matrix, in pieces.
-inline i64 rows_pieces(const Pack& to) { return to.panels(); }
 inline void lay_rows_piece(const Pack& to, const Stored& from, i64 piece) {
     lay_rows(to, piece, [&](i64 row, i64 column, i64 count, bf16* out) { from.read(row, column, count, STEP, out); });
 }
@@ -180,7 +162,7 @@ inline void times(const Rows& x, const Pack& weight, bf16* out, i64 stride) {
 #if FINBACK_TILES
     panels(weight, 0, weight.panels(), x, give);
 #else
-    train_panels(Left::of(x), weight, 0, weight.panels(), give);
+    train_panels(left_of(x), weight, 0, weight.panels(), give);
 #endif
 }
 
@@ -191,8 +173,8 @@ inline void contract(const Columns& a, const Columns& b, i64 first, i64 count, i
         std::fill(out + row * b.numbers + side * PANEL, out + row * b.numbers + std::min(b.numbers, end * PANEL), 0.0f);
     for (i64 stretch = 0; stretch < a.stretches(); stretch++) {
         Pack left = a.stretch(stretch), right = b.stretch(stretch);
-        for (i64 row = first * PANEL; row < last; row += MOST_LEFT)
-            train_panels(Left::of(left, row), right, side, end - side, [&](i64 m, i64 panel, Floats sums) {
+        for (i64 row = first * PANEL; row < last; row += BAND)
+            train_panels(left_of(left, row), right, side, end - side, [&](i64 m, i64 panel, Floats sums) {
                 float* to = out + (row + m) * b.numbers;
                 if ((panel + 1) * PANEL <= b.numbers)
                     return store(to + panel * PANEL, add(load((const float*)to + panel * PANEL), sums));

@@ -128,7 +128,7 @@ struct SwigluBackward {
     Matrix<const T> gate, up, grad;
     Matrix<T> d_gate, d_up;
     const float* weight;  // [rows], or null: then the last two are not written
-    T* active;            // [rows, n]
+    Matrix<T> active;     // [rows, n]
     float* d_weight;      // [rows]
 
     void row(i64 m) const {
@@ -139,7 +139,7 @@ struct SwigluBackward {
             Floats up_here = lanes.load(u + i), here = lanes.load(d + i);
             if (weight) {
                 Floats product = mul(silu.value, up_here);
-                lanes.store(active + m * n + i, mul(product, scale));
+                lanes.store(active.row(m) + i, mul(product, scale));
                 dot = fma(here, product, dot);
             }
             here = mul(here, scale);
